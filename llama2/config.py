@@ -1,0 +1,124 @@
+"""The shape of a Llama model, and the published sizes (Llama 2 paper, section 2 and appendix A.2.1)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts longer than the one first trained on.
+
+    `kind` is "linear" (all wavelengths times `factor`) or "llama3" (long wavelengths times `factor`, short ones
+    untouched, a ramp between, as Llama 3.1 publishes it).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "llama3"):
+            raise ValueError(
+                f"RoPE scaling {self.kind!r} is not supported; use 'linear' or 'llama3'."
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Hyperparameters of a decoder-only Llama, named as in Hugging Face's `config.json`.
+
+    Raises `ValueError` when heads do not divide the width or each other.
+    """
+
+    vocab_size: int = 32_000
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int | None = None
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+
+    def __post_init__(self) -> None:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}; give head_dim or change one of them."
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}."
+            )
+
+    @property
+    def head_width(self) -> int:
+        """K, the width of one attention head."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def num_parameters(self) -> int:
+        """Exact number of parameters of the causal language model."""
+        attention = self.head_width * (2 * self.num_attention_heads + 2 * self.num_key_value_heads)
+        per_layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        if self.attention_bias:
+            per_layer += self.head_width * (self.num_attention_heads + 2 * self.num_key_value_heads)
+            per_layer += self.hidden_size
+        if self.mlp_bias:
+            per_layer += 2 * self.intermediate_size + self.hidden_size
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * per_layer + self.hidden_size
+
+
+def feed_forward_width(hidden_size: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
+    """SwiGLU width of the reference code: 2/3 of 4 D, times `multiplier`, rounded up to `multiple_of`."""
+    width = int(multiplier * int(2 * 4 * hidden_size / 3))
+    return multiple_of * -(-width // multiple_of)
+
+
+SIZES: dict[str, ModelConfig] = {
+    # The embedded default: about a million parameters, a vocabulary that `jobs/prepare.py` trains.
+    "tiny": ModelConfig(
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    ),
+    "7b": ModelConfig(),
+    "13b": ModelConfig(
+        hidden_size=5120,
+        intermediate_size=feed_forward_width(5120),
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    ),
+    "34b": ModelConfig(
+        hidden_size=8192,
+        intermediate_size=feed_forward_width(8192),
+        num_hidden_layers=48,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+    "70b": ModelConfig(
+        hidden_size=8192,
+        intermediate_size=feed_forward_width(8192, multiple_of=4096, multiplier=1.3),
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    ),
+}

@@ -1,0 +1,184 @@
+"""The Llama 2 transformer: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
+
+Parameter names are those of Hugging Face's Llama, so that a checkpoint needs no renaming.
+Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that carry a target.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llama2.attention import Attention, KeyValueCache, attention_mask, positions_in_segments
+from llama2.config import ModelConfig
+from llama2.losses import IGNORE, selected_log_probs
+from llama2.rope import inverse_frequencies, rotation
+
+
+class TokenScores(NamedTuple):
+    """What a language model says of given targets: log-probability and entropy, one each, in row order."""
+
+    logprobs_N: Tensor
+    entropies_N: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation, computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return self.weight * (
+            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        ).to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        wide = config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(wide, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    """Embeddings and layers: tokens_BT -> hidden_BTD. What every head stands on."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.activation_checkpointing = False
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        hidden = self.embed_tokens(tokens_BT)
+        positions, mask = _layout(tokens_BT, segments_BT, cache)
+        # Kept out of buffers: an engine that casts the module to bf16 must not round the frequencies.
+        frequencies = inverse_frequencies(self.config).to(hidden.device)
+        angles = rotation(positions, frequencies, hidden.dtype)
+        for layer in self.layers:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, angles, mask, cache, use_reentrant=False)
+            else:
+                hidden = layer(hidden, angles, mask, cache)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return cast(Tensor, self.norm(hidden))
+
+
+def _layout(
+    tokens_BT: Tensor, segments_BT: Tensor | None, cache: KeyValueCache | None
+) -> tuple[Tensor, Tensor | None]:
+    """Positions [B, T] and the attention mask, None where plain causal attention is meant."""
+    if cache is None:
+        if segments_BT is None:
+            return torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None], None
+        return positions_in_segments(segments_BT), attention_mask(segments_BT, segments_BT)
+    if segments_BT is None:
+        segments_BT = torch.ones_like(tokens_BT)
+    all_segments = cache.advance(segments_BT)
+    positions = positions_in_segments(all_segments)[:, -tokens_BT.shape[1] :]
+    return positions, attention_mask(segments_BT, all_segments)
+
+
+class Unembedding(nn.Linear):
+    """The language-model head. Given targets, it never holds the logits of more than a chunk of tokens."""
+
+    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor | TokenScores:  # type: ignore[override]
+        if targets_BT is None:
+            return F.linear(hidden_BTD, self.weight)
+        wanted = targets_BT != IGNORE
+        return TokenScores(*selected_log_probs(hidden_BTD[wanted], self.weight, targets_BT[wanted]))
+
+
+class Transformer(nn.Module):
+    """Causal language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = Unembedding(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        targets_BT: Tensor | None = None,
+    ) -> Tensor | TokenScores:
+        """Logits [B, T, V]; with `targets_BT`, `TokenScores` of the tokens whose target is not `IGNORE`.
+
+        tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one document a row.
+        cache: keys and values of earlier tokens, extended in place.
+        """
+        return cast(
+            "Tensor | TokenScores",
+            self.lm_head(self.model(tokens_BT, segments_BT, cache), targets_BT),
+        )
+
+
+class ScalarModel(nn.Module):
+    """A trunk with one number per token: a reward model reads the last one, a value model all of them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+        """Scalars [B, T], float32."""
+        return cast(Tensor, self.score(self.model(tokens_BT, segments_BT))).squeeze(-1).float()
+
+
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw all weights from N(0, initializer_range), residual outputs smaller by sqrt(2 layers) (GPT-2)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = config.initializer_range / (2 * config.num_hidden_layers) ** (0.5 if residual else 0)
+        with torch.no_grad():
+            parameter.normal_(0, std, generator=generator)
