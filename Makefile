@@ -1,0 +1,30 @@
+# make ppo   from nothing to PPO on this machine
+# make test  the tests
+# Each sets up .venv first. PYTHON names the interpreter, 3.11 or 3.12.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
+BIN := .venv/bin
+SHELL := /bin/sh
+
+.PHONY: ppo test check setup
+
+ppo: setup
+	$(BIN)/python jobs/quickstart.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+# Style, types and the tests' own markers: what a change must pass besides `make test`.
+check: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+setup: .venv/.installed
+
+# torch comes first and pinned, so that a CPU build is taken where one is offered, and no other
+# package brings a second one. DeepSpeed builds no operators: none is needed, nor a compiler.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed; name it with PYTHON="'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools wheel torch
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@

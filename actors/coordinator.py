@@ -1,0 +1,268 @@
+"""The rollout coordinator: asks the generators for answers and the scorers for their worth, and deals
+the samples out to the learner's workers. It handles references and scalars, not tokens."""
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import RayActorError
+
+from actors.judge import Judge
+from actors.records import MiniBatch, Place, ReferenceLogprobs, Request, Rollout, Scores, Share
+from cluster.run_directory import RunDirectory
+from cluster.weights import Version
+from llama2.advantages import whiten
+from llama2.chat import encode_prompt
+from llama2.evaluation import Judged, summary
+from llama2.generation import Sampling
+from llama2.packing import balance, sample_order, shuffled
+from llama2.records import Prompt
+from llama2.rewards import composite, logit
+from llama2.tokenizer import load_tokenizer
+
+T = TypeVar("T")
+ATTEMPTS = 5
+
+
+class StaleSamples(RuntimeError):
+    """The generators keep answering with other weights than the learner's."""
+
+
+@dataclass(frozen=True)
+class RolloutTask:
+    """What the coordinator must know of a run."""
+
+    run: RunDirectory
+    tokenizer: Path
+    prompts: tuple[Prompt, ...]
+    heldout: tuple[Prompt, ...]
+    batch_size: int
+    minibatch_size: int
+    sampling: Sampling
+    seed: int
+    world_seed: int | None
+    """Seed of the synthetic world whose gold judge evaluates; None for users' own prompts."""
+    timeout: float
+    """Seconds to wait for generation and scoring of a batch."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples of one generator call, by reference, with their scores."""
+
+    rollout: "ray.ObjectRef[Rollout]"
+    reference: "ray.ObjectRef[ReferenceLogprobs]"
+    helpfulness: Scores
+    safety: Scores
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
+class Coordinator:
+    """Answers are a function of (seed, iteration, weights), so a restart or a repeated call is harmless."""
+
+    def __init__(
+        self,
+        task: RolloutTask,
+        generators: Any,
+        replicas: int,
+        references: Sequence[Any],
+        helpfulness: Sequence[Any],
+        safety: Sequence[Any],
+    ) -> None:
+        self._task, self._generators, self._replicas = task, generators, replicas
+        self._references, self._helpfulness, self._safety = references, helpfulness, safety
+        self._tokenizer = load_tokenizer(task.tokenizer)
+        self._judge = Judge(task.world_seed)
+        self._lock = asyncio.Lock()
+        self._latest: tuple[int, Version] | None = None
+        self._chunks: list[Chunk] = []
+        self._metrics: dict[str, float] = {}
+
+    async def share(self, iteration: int, version: Version, rank: int, world: int) -> Share:
+        """The part of iteration `iteration`, sampled with weights `version`, of one of `world` workers."""
+        async with self._lock:
+            if self._latest != (iteration, version):
+                self._chunks, self._metrics = await self._collect(iteration, version)
+                self._latest = (iteration, version)
+        return self._deal(iteration, rank, world)
+
+    async def _collect(
+        self, iteration: int, version: Version
+    ) -> tuple[list[Chunk], dict[str, float]]:
+        task, started = self._task, time.perf_counter()
+        picked = sample_order(iteration, task.batch_size, len(task.prompts), task.seed)
+        requests = [
+            self._request(
+                f"{iteration}-{slot}", task.prompts[i], iteration * task.batch_size + slot
+            )
+            for slot, i in enumerate(picked)
+        ]
+        self._tags = [task.prompts[i].safety for i in picked]
+        chunks, refused = await self._roll_out(requests, version, task.sampling)
+        seconds = time.perf_counter() - started
+        generation = max(chunk.helpfulness.generation_seconds for chunk in chunks)
+        return chunks, {
+            "rollout/refused_as_stale": refused,
+            "rollout/finished": _mean([f for c in chunks for f in c.helpfulness.finished]),
+            "rollout/answer_tokens": _mean([n for c in chunks for n in c.helpfulness.written]),
+            "time/generate": generation,
+            "time/score": max(0.0, seconds - generation),
+        }
+
+    def _request(self, name: str, prompt: Prompt, seed: int) -> Request:
+        tokens = np.array(encode_prompt(self._tokenizer, prompt.messages), dtype=np.int64)
+        return Request(name, tokens, self._task.seed * 1_000_003 + seed)
+
+    async def _roll_out(
+        self, requests: Sequence[Request], version: Version, sampling: Sampling
+    ) -> tuple[list[Chunk], int]:
+        """Chunks in the order of the requests, and how many samples were refused as stale."""
+        bounds = np.linspace(0, len(requests), self._replicas + 1).astype(int)
+        results = await asyncio.gather(
+            *(
+                self._chunk(number, requests[start:end], version, sampling)
+                for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+                if end > start
+            )
+        )
+        return [chunk for chunk, _ in results], sum(refused for _, refused in results)
+
+    async def _chunk(
+        self, number: int, requests: Sequence[Request], version: Version, sampling: Sampling
+    ) -> tuple[Chunk, int]:
+        refused = 0
+        for _ in range(ATTEMPTS):
+            try:
+                chunk = await self._wait(
+                    self._sample_and_score(number, requests, sampling), "generation and scoring"
+                )
+            except RayActorError:
+                await asyncio.sleep(1.0)  # the generator died with the request; ask another one
+                continue
+            stale = sum(found != version for found in chunk.helpfulness.versions)
+            if not stale:
+                return chunk, refused
+            refused += stale
+        raise StaleSamples(
+            f"No generator answered {len(requests)} requests with weights {version.number} in "
+            f"{ATTEMPTS} attempts; {refused} samples of other weights were refused."
+        )
+
+    async def _sample_and_score(
+        self, number: int, requests: Sequence[Request], sampling: Sampling
+    ) -> Chunk:
+        rollout = await self._generators.generate.remote(requests, sampling)._to_object_ref()
+        reference = self._references[number % len(self._references)].score.remote(rollout)
+        helpfulness, safety = await asyncio.gather(
+            self._helpfulness[number % len(self._helpfulness)].score.remote(rollout),
+            self._safety[number % len(self._safety)].score.remote(rollout),
+        )
+        return Chunk(rollout, reference, helpfulness, safety)
+
+    async def _wait(self, work: Awaitable[T], what: str) -> T:
+        try:
+            return await asyncio.wait_for(work, self._task.timeout)
+        except TimeoutError as error:
+            raise TimeoutError(f"{what} took more than {self._task.timeout:g} s.") from error
+
+    def _deal(self, iteration: int, rank: int, world: int) -> Share:
+        """Minibatches hold the same samples whatever the number of workers."""
+        task, chunks = self._task, self._chunks
+        rewards_B = _composite(chunks, self._tags)
+        scores_B = whiten(rewards_B, torch.ones_like(rewards_B))
+        places = [
+            (number, row) for number, c in enumerate(chunks) for row in range(len(c.safety.ids))
+        ]
+        lengths = [length for c in chunks for length in c.helpfulness.lengths]
+        written = [count for c in chunks for count in c.helpfulness.written]
+        order = [shuffled(i, len(places), task.seed + iteration) for i in range(len(places))]
+        minibatches = []
+        for start in range(0, len(order), task.minibatch_size):
+            members = order[start : start + task.minibatch_size]
+            mine = balance([lengths[i] for i in members], world)[rank]
+            minibatches.append(
+                MiniBatch(
+                    tuple(Place(*places[members[i]], float(scores_B[members[i]])) for i in mine),
+                    sum(written[i] for i in members),
+                )
+            )
+        return Share(
+            iteration=iteration,
+            rollouts=[chunk.rollout for chunk in chunks],
+            references=[chunk.reference for chunk in chunks],
+            minibatches=tuple(minibatches),
+            metrics=self._metrics | {"reward/composite": float(rewards_B.mean())},
+        )
+
+    async def evaluate(self, step: int, version: Version) -> dict[str, float]:
+        """Answer the held-out prompts, judge the answers, write them to the run, return the means."""
+        task = self._task
+        requests = [
+            self._request(f"heldout-{i}", prompt, -1 - i) for i, prompt in enumerate(task.heldout)
+        ]
+        chunks, _ = await self._roll_out(requests, version, task.sampling)
+        rollouts = await asyncio.gather(*(chunk.rollout for chunk in chunks))
+        references = await asyncio.gather(*(chunk.reference for chunk in chunks))
+        rewards_B = _composite(chunks, [prompt.safety for prompt in task.heldout])
+        judged = [
+            self._judge.look(prompt, Judged(
+                id=sample.id,
+                prompt=prompt.messages[-1].content,
+                answer=self._tokenizer.decode(sample.response.tolist()).strip(),
+                kind="prompt",
+                reward=reward,
+                helpfulness=helpfulness,
+                safety=safety,
+                kl=float((sample.logprobs - reference).sum()),
+                tokens=len(sample.response),
+            ))
+            for prompt, sample, reference, reward, helpfulness, safety in zip(
+                task.heldout,
+                [sample for rollout in rollouts for sample in rollout.samples],
+                [logprobs for found in references for logprobs in found.logprobs],
+                rewards_B.tolist(),
+                [score for chunk in chunks for score in chunk.helpfulness.scores],
+                [score for chunk in chunks for score in chunk.safety.scores],
+                strict=True,
+            )
+        ]  # fmt: skip
+        write_evaluation(task.run, step, judged)
+        return {f"eval/{name}": value for name, value in summary(judged).items()}
+
+
+def _composite(chunks: Sequence[Chunk], tags: Sequence[bool]) -> torch.Tensor:
+    helpfulness, safety = (
+        torch.tensor([s for c in chunks for s in scores(c).scores], dtype=torch.float64).sigmoid()
+        for scores in (lambda c: c.helpfulness, lambda c: c.safety)
+    )
+    return logit(composite(helpfulness, safety, torch.tensor(tags)))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def evaluation_file(run: RunDirectory, step: int) -> Path:
+    """Where the held-out answers of an evaluation lie, one JSON object a line."""
+    return run.path / "evaluations" / f"step_{step:06d}.jsonl"
+
+
+def write_evaluation(run: RunDirectory, step: int, judged: Sequence[Judged]) -> None:
+    """Write held-out answers in one atomic step."""
+    path = evaluation_file(run, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in judged))
+    part.replace(path)
+
+
+def read_evaluation(run: RunDirectory, step: int) -> list[Judged]:
+    """What `write_evaluation` wrote."""
+    return [Judged(**json.loads(line)) for line in evaluation_file(run, step).open()]

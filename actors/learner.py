@@ -1,0 +1,298 @@
+"""The learner: one Ray Train group whose workers each hold a shard of the policy and of the value model.
+
+An iteration is: publish the weights, take this worker's share of the samples, compute advantages,
+update minibatch by minibatch.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed
+
+from actors.experience import ExperienceBatch, collate, with_advantages
+from actors.policy import Policy
+from actors.records import Experience, MiniBatch, Share
+from actors.value import Value
+from cluster import training, weights
+from cluster.engine import Engine, EngineConfig
+from cluster.run_directory import RunDirectory
+from cluster.tracking import Tracker
+from cluster.weights import Version
+from llama2 import checkpoint
+from llama2.advantages import whiten
+from llama2.model import Transformer
+from llama2.ppo import PPOSettings
+from llama2.schedules import Schedule
+from llama2.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class LearnTask:
+    """All that a learner's worker needs."""
+
+    run: RunDirectory
+    policy: Path
+    critic: Path
+    tokenizer: Path
+    engine: EngineConfig
+    policy_schedule: Schedule
+    value_schedule: Schedule
+    ppo: PPOSettings
+    iterations: int
+    micro_batch_size: int
+    eval_every: int
+    save_every: int
+    activation_checkpointing: bool
+    wandb_project: str
+    coordinator: Any
+    store: Any
+    generators: Any
+    replicas: int
+    timeout: float
+
+
+@dataclass
+class Learner:
+    """The state of one worker; `learn` drives it."""
+
+    task: LearnTask
+    policy: Policy
+    value: Value
+    iteration: int = 0
+
+    def publish(self) -> tuple[Version, dict[str, float]]:
+        """Have all generators serve the current weights, and prove it by checksum (collective)."""
+        started = time.perf_counter()
+        if training.rank() == 0:
+            source = weights.snapshot(self.policy.engine.weights(), self.iteration)
+            receipts = weights.publish(
+                source,
+                self.task.store,
+                lambda: self.task.generators.broadcast("refresh").results(self.task.timeout),
+                self.task.replicas,
+                self.task.timeout,
+            )
+            found = [source.version, len({receipt.version.checksum for receipt in receipts})]
+        else:
+            for _ in self.policy.engine.weights():  # sharded weights are gathered by all together
+                pass
+            found = [None, 0]
+        torch.distributed.broadcast_object_list(found)
+        version, checksums = found
+        return version, {
+            "time/publish": time.perf_counter() - started,
+            "publish/version": float(version.number),
+            "publish/distinct_checksums": float(checksums),
+        }
+
+    def share(self, version: Version) -> Share:
+        """This worker's samples of the current iteration."""
+        call = self.task.coordinator.share.remote(
+            self.iteration, version, training.rank(), training.world_size()
+        )
+        share: Share = ray.get(call, timeout=3 * self.task.timeout)
+        return share
+
+    @torch.no_grad()
+    def experience(self, share: Share) -> list[list[ExperienceBatch]]:
+        """Micro-batches by minibatch, with advantages whitened over the global batch (collective)."""
+        ppo = self.task.ppo
+        minibatches = []
+        for minibatch in gather(share):
+            batches = []
+            for start in range(0, len(minibatch), self.task.micro_batch_size):
+                rows = minibatch[start : start + self.task.micro_batch_size]
+                batch = collate(rows, self.policy.engine.device)
+                old_BT, values_BT = self.policy.logprobs(batch), self.value.values(batch)
+                batches.append(
+                    with_advantages(
+                        batch, old_BT, values_BT, ppo.kl_coefficient, ppo.gamma, ppo.lam
+                    )
+                )
+            minibatches.append(batches)
+        return whiten_advantages(minibatches)
+
+    def update(self, minibatches: list[list[ExperienceBatch]], share: Share) -> dict[str, float]:
+        """One gradient step of policy and value per minibatch (collective)."""
+        sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0}
+        norms: dict[str, float] = {}
+        for batches, layout in zip(minibatches, share.minibatches, strict=True):
+            for batch in batches:
+                part = self.policy.loss(batch, layout.total_tokens)
+                self.policy.engine.backward(part.loss)
+                value_part = self.value.loss(batch, layout.total_tokens)
+                self.value.engine.backward(value_part)
+                sums["policy_loss"] += float(part.loss.detach()) / len(minibatches)
+                sums["value_loss"] += float(value_part.detach()) / len(minibatches)
+                sums["entropy"] += part.entropy
+                sums["clipped"] += part.clipped
+                sums["kl"] += part.approximate_kl
+            steps = {"policy": self.policy.engine.step(), "value": self.value.engine.step()}
+            norms = {f"{who}/{name}": x for who, step in steps.items() for name, x in step.items()}
+        self.iteration += 1
+        return _means(sums, share.minibatches) | norms
+
+
+def gather(share: Share) -> list[list[Experience]]:
+    """Fetch a share's chunks and pick its samples from them, minibatch by minibatch."""
+    rollouts = ray.get(share.rollouts)
+    references = ray.get(share.references)
+
+    def experience(minibatch: MiniBatch) -> list[Experience]:
+        return [
+            Experience(
+                rollouts[place.chunk].samples[place.row],
+                references[place.chunk].logprobs[place.row],
+                place.score,
+            )
+            for place in minibatch.places
+        ]
+
+    return [experience(minibatch) for minibatch in share.minibatches]
+
+
+def whiten_advantages(minibatches: list[list[ExperienceBatch]]) -> list[list[ExperienceBatch]]:
+    """Mean 0 and variance 1 over all answer tokens of the global batch (collective)."""
+    batches = [batch for minibatch in minibatches for batch in minibatch]
+    advantages_N = torch.cat([batch.advantages_BT[batch.mask_BT] for batch in batches])
+    white_N = whiten(advantages_N, torch.ones_like(advantages_N), training.all_reduce)
+    parts = iter(white_N.split([int(batch.mask_BT.sum()) for batch in batches]))
+    return [
+        [replace(batch, advantages_BT=batch.spread(next(parts))) for batch in minibatch]
+        for minibatch in minibatches
+    ]
+
+
+def measure(minibatches: list[list[ExperienceBatch]]) -> dict[str, float]:
+    """Means over the global batch of what was sampled, before any update (collective)."""
+    sums = torch.zeros(7, dtype=torch.float64)
+    for batch in (batch for minibatch in minibatches for batch in minibatch):
+        mask = batch.mask_BT
+        residual, returns = (batch.returns_BT - batch.values_BT)[mask], batch.returns_BT[mask]
+        divergence = (batch.old_logprobs_BT - batch.reference_logprobs_BT)[mask].sum()
+        disagreement = (batch.old_logprobs_BT - batch.sampled_logprobs_BT)[mask].abs().sum()
+        sums += torch.stack(
+            (
+                mask.sum(), torch.tensor(len(mask)).to(divergence), divergence, disagreement,
+                residual.square().sum(), returns.sum(), returns.square().sum(),
+            )
+        ).double().cpu()  # fmt: skip
+    tokens, samples, kl, difference, residuals, total, squares = training.all_reduce(sums).tolist()
+    variance = squares - total**2 / tokens
+    return {
+        "ppo/kl_from_initial": kl / samples,
+        "rollout/logprob_difference": difference / tokens,
+        "value/explained_variance": 1 - residuals / variance if variance > 0 else 0.0,
+        "value/mean_return": total / tokens,
+    }
+
+
+def _means(sums: dict[str, float], minibatches: Sequence[MiniBatch]) -> dict[str, float]:
+    totals = training.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
+    found = dict(zip(sums, totals, strict=True))
+    tokens = sum(minibatch.total_tokens for minibatch in minibatches)
+    return {
+        "loss": found["policy_loss"],
+        "value/loss": found["value_loss"],
+        "ppo/entropy": found["entropy"] / tokens,
+        "ppo/clip_fraction": found["clipped"] / tokens,
+        "ppo/approximate_kl": found["kl"] / tokens,
+    }
+
+
+def learn(task: LearnTask) -> None:
+    """Run PPO on this worker, from the newest checkpoint to the last iteration."""
+    learner = _learner(task)
+    lead = training.rank() == 0
+    with ExitStack() as stack:
+        tracker = stack.enter_context(_tracker(task, learner.iteration)) if lead else None
+        while learner.iteration < task.iterations:
+            step, started = learner.iteration, time.perf_counter()
+            version, metrics = learner.publish()
+            if step % task.eval_every == 0:
+                metrics |= _evaluate(task, step, version)
+            share = learner.share(version)
+            minibatches = learner.experience(share)
+            metrics |= share.metrics | measure(minibatches)
+            learning = time.perf_counter()
+            metrics |= learner.update(minibatches, share)
+            now = time.perf_counter()
+            metrics |= {"time/update": now - learning, "time/iteration": now - started}
+            if tracker is not None:
+                tracker.log(step, metrics)
+            if learner.iteration % task.save_every == 0 and learner.iteration < task.iterations:
+                _save(learner)
+        version, metrics = learner.publish()
+        metrics |= _evaluate(task, learner.iteration, version)
+        if tracker is not None:
+            tracker.log(learner.iteration, metrics)
+    _export(learner)
+    _save(learner)
+    learner.policy.engine.close()
+    learner.value.engine.close()
+
+
+def _learner(task: LearnTask) -> Learner:
+    policy, critic = checkpoint.load(task.policy), checkpoint.load_scalar(task.critic)
+    for module in (policy, critic):
+        module.model.activation_checkpointing = task.activation_checkpointing
+    learner = Learner(
+        task,
+        Policy(Engine(policy, task.engine, task.policy_schedule), task.ppo.clip_range),
+        Value(Engine(critic, task.engine, task.value_schedule), task.ppo.value_clip_range),
+    )
+    with training.resume() as folder:
+        if folder is not None:
+            learner.policy.engine.load(folder, "policy")
+            learner.value.engine.load(folder, "value")
+            learner.iteration = int((folder / "iteration").read_text())
+    return learner
+
+
+def _tracker(task: LearnTask, first_step: int) -> Tracker:
+    return Tracker(
+        task.run,
+        stage=task.run.name,
+        total_steps=task.iterations,
+        project=task.wandb_project,
+        first_step=first_step,
+        headline=("reward/composite", "ppo/kl_from_initial", "eval/gold", "time/iteration"),
+    )
+
+
+def _evaluate(task: LearnTask, step: int, version: Version) -> dict[str, float]:
+    """Held-out results, on the first worker; the others meet it at the next collective call."""
+    if training.rank() != 0:
+        return {}
+    started = time.perf_counter()
+    call = task.coordinator.evaluate.remote(step, version)
+    found: dict[str, float] = ray.get(call, timeout=3 * task.timeout)
+    return found | {"time/evaluate": time.perf_counter() - started}
+
+
+def _save(learner: Learner) -> None:
+    def write(folder: Path) -> None:
+        learner.policy.engine.save(folder, "policy")
+        learner.value.engine.save(folder, "value")
+        if training.rank() == 0:
+            (folder / "iteration").write_text(str(learner.iteration))
+
+    training.save(write, learner.iteration, {})
+
+
+def _export(learner: Learner) -> None:
+    state = {name: tensor.cpu().clone() for name, tensor in learner.policy.engine.weights()}
+    if training.rank() != 0:
+        return
+    assert isinstance(learner.policy.engine.module, Transformer)
+    with torch.device("meta"):
+        model = Transformer(learner.policy.engine.module.config)
+    model.load_state_dict(state, assign=True)
+    checkpoint.save(model, learner.task.run.model)
+    load_tokenizer(learner.task.tokenizer).save(learner.task.run.model)

@@ -1,0 +1,55 @@
+"""How many workers a role has and what each of them holds of the cluster."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+
+@dataclass(frozen=True)
+class Workers:
+    """A role's share of the cluster."""
+
+    count: int = 1
+    """How many workers."""
+    cpus: float = 1.0
+    """CPUs that each worker reserves; fractions share a core."""
+    gpus: float = 0.0
+    """GPUs that each worker reserves; fractions share a device."""
+    threads: int = 1
+    """Threads that each worker computes with on the CPU."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"A role needs at least one worker, not {self.count}.")
+        if self.cpus < 0 or self.gpus < 0 or self.threads < 1:
+            raise ValueError("cpus and gpus must not be negative, and threads at least 1.")
+
+    def actor_options(self) -> dict[str, Any]:
+        """Options for a Ray actor or a Serve replica of this role."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+def check_capacity(roles: Mapping[str, Workers]) -> None:
+    """Raise `ValueError` where the cluster, were it idle, could not hold all `roles` at once.
+
+    Ray itself would wait for ever for what no node offers.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for resource, unit in (("CPU", "cpus"), ("GPU", "gpus")):
+        offered = sum(node.get(resource, 0.0) for node in nodes)
+        wanted = {name: role.count * getattr(role, unit) for name, role in roles.items()}
+        if sum(wanted.values()) > offered + 1e-9:
+            parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items() if amount)
+            raise ValueError(
+                f"The workers ask for {sum(wanted.values()):g} {unit} ({parts}) and the cluster has "
+                f"{offered:g}; ask for fewer workers, or smaller shares, or add nodes."
+            )
+        largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
+        for name, role in roles.items():
+            if getattr(role, unit) > largest:
+                raise ValueError(
+                    f"Each {name} worker asks for {getattr(role, unit):g} {unit} and no node has more "
+                    f"than {largest:g}; ask for less."
+                )

@@ -1,0 +1,201 @@
+"""The jobs' configs: each is its job's command line, its documentation and its `config.yaml`."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cluster.engine import EngineConfig
+from cluster.placement import Workers
+from cluster.session import ClusterConfig
+from llama2.config import ModelConfig
+from llama2.ppo import PPOSettings
+
+
+def default_runs() -> Path:
+    """RUNS_DIR, or `runs` in this folder; `~/runs` where a submitted job's folder is a copy that Ray
+    throws away."""
+    if "RUNS_DIR" in os.environ:
+        return Path(os.environ["RUNS_DIR"])
+    submitted = "_ray_pkg_" in str(Path.cwd())
+    return Path.home() / "runs" if submitted else Path("runs")
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What every job takes."""
+
+    preset: str = "tiny"
+    """Where all defaults come from: tiny, 7b, 13b, 34b or 70b."""
+    name: str = ""
+    """Name of the run; its folder continues a run of the same name. By default preset and stage."""
+    runs: Path = field(default_factory=default_runs)
+    """Folder of all runs: on a cluster of several nodes, one that all of them share."""
+    seed: int = 0
+    """Of weights, data order and sampling."""
+    wandb_project: str = "llama2"
+    """Project in W&B, which is offline unless WANDB_API_KEY is set."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The Ray cluster."""
+
+    def run_name(self, stage: str) -> str:
+        """The run's name, by default of preset and stage."""
+        return self.name or f"{self.preset}-{stage}"
+
+
+@dataclass(frozen=True)
+class PrepareConfig(JobConfig):
+    """Turn records into tokenized, packed, memory-mapped rows. Without input files the records come
+    from the synthetic world."""
+
+    text: tuple[Path, ...] = ()
+    """Files or folders of texts to pretrain on."""
+    dialogues: tuple[Path, ...] = ()
+    """Files or folders of demonstrations for SFT."""
+    helpfulness: tuple[Path, ...] = ()
+    """Files or folders of comparisons for the helpfulness reward model."""
+    safety: tuple[Path, ...] = ()
+    """Files or folders of comparisons for the safety reward model."""
+    prompts: tuple[Path, ...] = ()
+    """Files or folders of prompts for PPO; any of the other forms will do."""
+    tokenizer: Path | None = None
+    """Tokenizer to use: a `tokenizer.model` or a Hugging Face folder. By default a small one is
+    trained on the input."""
+    vocab_size: int = 1024
+    """Size of the tokenizer that is trained."""
+    context: int = 256
+    """Longest row, in tokens."""
+    heldout_share: float = 0.02
+    """Share of the records that is kept for evaluation, chosen by a hash of their prompt or text."""
+    world_seed: int = 0
+    """Which synthetic world."""
+    world_documents: int = 30_000
+    """Pretraining documents from the world."""
+    world_dialogues: int = 8_000
+    """Demonstrations from the world."""
+    world_comparisons: int = 6_000
+    """Comparisons from the world, for each of the two reward models."""
+    world_prompts: int = 20_000
+    """Training prompts from the world."""
+    world_heldout_prompts: int = 512
+    """Held-out prompts from the world."""
+    cpus: float = 1.0
+    """CPUs that each tokenizing task reserves."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(JobConfig):
+    """What pretraining, SFT and reward modelling share."""
+
+    data: tuple[Path, ...] = ()
+    """A folder that `prepare` made, or files of records, which are prepared first. By default the
+    preset's own prepared data."""
+    start: Path | None = None
+    """Hugging Face or Meta folder of the model to start from. By default the stage before."""
+    tokenizer: Path | None = None
+    """Tokenizer of raw records; by default the one that lies beside the model or the data."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of a model that starts from nothing; else the folder's own shape counts."""
+    workers: Workers = field(default_factory=Workers)
+    """The Ray Train group."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed and the optimizer."""
+    peak_lr: float = 3e-4
+    """Learning rate after warmup."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after warmup; the cosine ends at 10% of the peak."""
+    warmup_steps: int = 0
+    """Steps of linear warmup."""
+    steps: int = 0
+    """Updates to make; 0 takes as many as `epochs` says."""
+    epochs: float = 1.0
+    """Passes over the data, where `steps` is 0."""
+    batch_rows: int = 64
+    """Rows (pairs, for a reward model) in a global batch."""
+    micro_batch_rows: int = 8
+    """Rows whose activations a worker holds at a time."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    eval_rows: int = 64
+    """Held-out rows to evaluate on."""
+    eval_every: int = 100
+    """Steps between evaluations; 0 evaluates at the end only."""
+    save_every: int = 200
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig(TrainConfig):
+    """Next-token prediction on all tokens (paper, section 2)."""
+
+
+@dataclass(frozen=True)
+class SftConfig(TrainConfig):
+    """Supervised fine-tuning: next-token prediction on answers (paper, section 3.1)."""
+
+
+@dataclass(frozen=True)
+class RewardModelConfig(TrainConfig):
+    """A reward model from comparisons of answers (paper, section 3.2)."""
+
+    kind: Literal["helpfulness", "safety"] = "helpfulness"
+    """Which of the two reward models; names the part of prepared data that is read."""
+    margin: Literal["none", "small", "large"] = "small"
+    """Margin by rating inside the ranking loss (paper, table 27)."""
+
+
+@dataclass(frozen=True)
+class PPOConfig(JobConfig):
+    """Reinforcement learning with the paper's reward (section 3.2.3). Where the default policy or
+    reward models are absent, the stages that make them run first."""
+
+    policy: Path | None = None
+    """Folder of the policy to start from; by default the preset's SFT model."""
+    helpfulness_model: Path | None = None
+    """Folder of the helpfulness reward model; by default the preset's."""
+    safety_model: Path | None = None
+    """Folder of the safety reward model; by default the preset's."""
+    prompts: tuple[Path, ...] = ()
+    """A folder that `prepare` made, or files of prompts. By default the preset's prepared data."""
+    long_prompts: Literal["error", "drop"] = "error"
+    """What to do with prompts that leave no room for an answer in the context."""
+    heldout_prompts: int = 512
+    """Most held-out prompts to evaluate on."""
+    iterations: int = 300
+    """Rounds of sampling and updating."""
+    batch_size: int = 512
+    """Samples per iteration, over all workers."""
+    minibatch_size: int = 64
+    """Samples per gradient step, over all workers."""
+    micro_batch_size: int = 8
+    """Samples whose activations a worker holds at a time."""
+    max_new_tokens: int = 1024
+    """Longest answer."""
+    temperature: float = 1.0
+    """Of sampling. Other values than 1 make the samples off-policy."""
+    lr: float = 1e-6
+    """Constant learning rate of the policy."""
+    value_lr: float = 1e-6
+    """Constant learning rate of the value model."""
+    ppo: PPOSettings = field(default_factory=PPOSettings)
+    """PPO's own numbers."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """DeepSpeed and the optimizer, for policy and value model alike."""
+    learner: Workers = field(default_factory=Workers)
+    """The Ray Train group that holds policy and value model."""
+    generators: Workers = field(default_factory=Workers)
+    """Replicas on Ray Serve."""
+    reference: Workers = field(default_factory=Workers)
+    """Workers with the frozen initial policy."""
+    rewards: Workers = field(default_factory=Workers)
+    """Workers of each of the two reward models."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of generators, reference and reward workers."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    eval_every: int = 20
+    """Iterations between held-out evaluations."""
+    save_every: int = 20
+    """Iterations between checkpoints."""
+    timeout: float = 1800.0
+    """Seconds to wait for the generation and scoring of a batch, or for weights to be taken."""

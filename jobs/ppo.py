@@ -1,0 +1,252 @@
+"""PPO: the main job.
+
+python jobs/ppo.py --preset tiny
+ray job submit --working-dir . -- python jobs/ppo.py --preset tiny
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from llama2.checkpoint import check_folder
+from ray import serve
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from actors.coordinator import Coordinator, RolloutTask
+from actors.generator import PRECISIONS, deploy
+from actors.learner import LearnTask, learn
+from actors.reference import Reference
+from actors.reward import Reward
+from cluster.placement import Workers, check_capacity
+from cluster.report import write_report
+from cluster.run_directory import RunDirectory
+from cluster.session import session
+from cluster.training import run_workers
+from cluster.weights import WeightStore
+from jobs import cli, results, stages
+from jobs.configs import PPOConfig
+from jobs.prepare import file_prompts, split_prompts
+from llama2.chat import encode_prompt
+from llama2.generation import Sampling
+from llama2.records import Prompt
+from llama2.schedules import Schedule
+from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+MAY_CHANGE = (
+    "cluster", "runs", "wandb_project", "learner", "generators", "reference", "rewards",
+    "save_every", "micro_batch_size", "timeout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders that PPO starts from."""
+
+    policy: Path
+    helpfulness: Path
+    safety: Path
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What PPO asks."""
+
+    train: tuple[Prompt, ...]
+    heldout: tuple[Prompt, ...]
+    world_seed: int | None
+
+
+def main(config: PPOConfig) -> None:
+    """Train a policy by PPO against a helpfulness and a safety reward model."""
+    run = RunDirectory(config.runs, config.run_name("ppo"))
+    if run.is_finished:
+        print(f"{run.name}: finished already.\n\n{results.read(run)}")
+        return
+    with ExitStack() as stack:
+        if stages.missing(config):
+            stack.enter_context(session(config.cluster))
+            stages.run_missing(config)
+        models = find_models(config)
+        tokenizer = check_models(models)
+        prompts = find_prompts(config, tokenizer, models)
+        check_sizes(config)
+        stack.enter_context(session(config.cluster))
+        check_capacity(roles(config))
+        run.open(cli.plain(config), may_change=MAY_CHANGE)
+        train(config, run, models, prompts)
+    results.write(run, config.iterations)
+    write_report(run, f"{run.name}: PPO", note=results.NOTE)
+    print(f"\n{results.read(run)}\n\nThe model is in {run.model}, the report is {run.report}.")
+
+
+def find_models(config: PPOConfig) -> Models:
+    """The folders given, else the preset's. Raises `ValueError` for one that is not there."""
+    models = Models(
+        config.policy or config.runs / f"{config.preset}-sft" / "model",
+        config.helpfulness_model or config.runs / f"{config.preset}-helpfulness" / "model",
+        config.safety_model or config.runs / f"{config.preset}-safety" / "model",
+    )
+    return Models(models.policy.absolute(), models.helpfulness.absolute(), models.safety.absolute())
+
+
+def check_models(models: Models) -> Tokenizer:
+    """The policy's tokenizer. Raises `ValueError` for folders that do not fit it or each other."""
+    policy = check_folder(models.policy, scalar=False)
+    tokenizer = load_tokenizer(models.policy)
+    check_vocabulary(tokenizer, policy.vocab_size)
+    for folder in (models.helpfulness, models.safety):
+        check_folder(folder, scalar=True)
+        if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"The reward model {folder} has another tokenizer than the policy {models.policy}; "
+                "train it from the same base."
+            )
+    return tokenizer
+
+
+def find_prompts(config: PPOConfig, tokenizer: Tokenizer, models: Models) -> Prompts:
+    """Prepared prompts or raw ones. Raises `ValueError` for missing, empty or too long ones."""
+    paths = config.prompts or (config.runs / f"{config.preset}-data",)
+    folder = paths[0] / "prompts"
+    if (folder / "train.jsonl").is_file():
+        train, heldout = (file_prompts([folder / f"{name}.jsonl"]) for name in ("train", "heldout"))
+        world_seed = json.loads((folder / "world.json").read_text())["seed"]
+    else:
+        train, heldout = split_prompts(file_prompts(paths), share=0.05)
+        world_seed = None
+    context = check_folder(models.policy).max_position_embeddings
+    train, heldout = (_fitting(p, tokenizer, context, config) for p in (train, heldout))
+    if len(train) < 1 or len(heldout) < 1:
+        raise ValueError("There must be at least one training and one held-out prompt; give more.")
+    return Prompts(tuple(train), tuple(heldout[: config.heldout_prompts]), world_seed)
+
+
+def _fitting(
+    prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, config: PPOConfig
+) -> list[Prompt]:
+    room = context - 1 if config.long_prompts == "error" else context - config.max_new_tokens
+    kept = []
+    for prompt in prompts:
+        tokens = len(encode_prompt(tokenizer, prompt.messages))
+        if tokens <= room:
+            kept.append(prompt)
+        elif config.long_prompts == "error":
+            raise ValueError(
+                f"{prompt.source}: the prompt has {tokens} tokens and the context is {context}; "
+                "shorten it, or leave such prompts out with --long-prompts drop."
+            )
+    return kept
+
+
+def check_sizes(config: PPOConfig) -> None:
+    """Raise `ValueError` where batch, minibatch and workers do not divide evenly."""
+    if config.batch_size % config.minibatch_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of minibatch_size "
+            f"{config.minibatch_size}; change one of them."
+        )
+    if config.minibatch_size % config.learner.count:
+        raise ValueError(
+            f"minibatch_size {config.minibatch_size} cannot be shared evenly by "
+            f"{config.learner.count} learner workers; change one of them."
+        )
+
+
+def roles(config: PPOConfig) -> dict[str, Workers]:
+    """All that run at once."""
+    return {
+        "learner": config.learner,
+        "generator": config.generators,
+        "reference": config.reference,
+        "helpfulness": config.rewards,
+        "safety": config.rewards,
+    }
+
+
+def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts) -> None:
+    """Start the roles, run the learner to its end, and stop them."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    store = WeightStore.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    dtype = PRECISIONS[config.precision]
+    try:
+        generators = deploy(models.policy, store, config.precision, config.generators)
+        rollouts = RolloutTask(
+            run=run,
+            tokenizer=models.policy,
+            prompts=prompts.train,
+            heldout=prompts.heldout,
+            batch_size=config.batch_size,
+            minibatch_size=config.minibatch_size,
+            sampling=_sampling(config, models.policy),
+            seed=config.seed,
+            world_seed=prompts.world_seed,
+            timeout=config.timeout,
+        )
+        coordinator = Coordinator.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
+            rollouts,
+            generators,
+            config.generators.count,
+            start(Reference, config.reference, models.policy, dtype),
+            start(Reward, config.rewards, models.helpfulness, dtype),
+            start(Reward, config.rewards, models.safety, dtype),
+        )
+        task = _learn_task(config, run, models, coordinator, store, generators)
+        run_workers(learn, task, config.learner, run)
+    finally:
+        serve.shutdown()
+
+
+def start(role: Any, workers: Workers, folder: Path, dtype: torch.dtype) -> list[Any]:
+    """The workers of a scoring role."""
+    options = workers.actor_options()
+    return [
+        role.options(**options).remote(folder, dtype, workers.threads) for _ in range(workers.count)
+    ]
+
+
+def _sampling(config: PPOConfig, policy: Path) -> Sampling:
+    eos = load_tokenizer(policy).eos_id
+    return Sampling(
+        temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop_ids=(eos,)
+    )
+
+
+def _learn_task(
+    config: PPOConfig,
+    run: RunDirectory,
+    models: Models,
+    coordinator: Any,
+    store: Any,
+    generators: Any,
+) -> LearnTask:
+    updates = config.iterations * config.batch_size // config.minibatch_size
+    return LearnTask(
+        run=run,
+        policy=models.policy,
+        critic=models.helpfulness,
+        tokenizer=models.policy,
+        engine=config.engine,
+        policy_schedule=Schedule(config.lr, updates, kind="constant"),
+        value_schedule=Schedule(config.value_lr, updates, kind="constant"),
+        ppo=config.ppo,
+        iterations=config.iterations,
+        micro_batch_size=config.micro_batch_size,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        activation_checkpointing=config.activation_checkpointing,
+        wandb_project=config.wandb_project,
+        coordinator=coordinator,
+        store=store,
+        generators=generators,
+        replicas=config.generators.count,
+        timeout=config.timeout,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, lambda preset: preset.ppo)

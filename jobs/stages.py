@@ -1,0 +1,73 @@
+"""The stages from nothing to PPO, in order."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from cluster.run_directory import RunDirectory
+from jobs import prepare, pretrain, reward_model, sft
+from jobs.configs import JobConfig, PPOConfig
+from jobs.presets import Preset, preset
+
+STAGES = ("data", "pretrain", "sft", "helpfulness", "safety", "ppo")
+COMMANDS = {
+    "data": ["jobs/prepare.py"],
+    "pretrain": ["jobs/pretrain.py"],
+    "sft": ["jobs/sft.py"],
+    "helpfulness": ["jobs/reward_model.py", "--kind", "helpfulness"],
+    "safety": ["jobs/reward_model.py", "--kind", "safety"],
+    "ppo": ["jobs/ppo.py"],
+}
+_JOBS: dict[str, tuple[Callable[[Any], None], Callable[[Preset], JobConfig]]] = {
+    "data": (prepare.main, lambda found: found.prepare),
+    "pretrain": (pretrain.main, lambda found: found.pretrain),
+    "sft": (sft.main, lambda found: found.sft),
+    "helpfulness": (reward_model.main, lambda found: found.helpfulness),
+    "safety": (reward_model.main, lambda found: found.safety),
+}
+
+
+def missing(config: PPOConfig) -> list[str]:
+    """Stages whose results PPO would take by default and that have not finished.
+
+    None where all inputs were named. Raises `ValueError` for a preset too large to run its earlier
+    stages unasked.
+    """
+    wanted = {
+        "sft": config.policy,
+        "helpfulness": config.helpfulness_model,
+        "safety": config.safety_model,
+        "data": config.prompts or None,
+    }
+    absent = [
+        stage for stage, given in wanted.items() if given is None and not _done(config, stage)
+    ]
+    if not absent:
+        return []
+    if config.preset != "tiny":
+        raise ValueError(
+            f"The runs {', '.join(f'{config.preset}-{stage}' for stage in absent)} are not there or "
+            f"not finished in {config.runs}; run these stages, or name policy, reward models and "
+            "prompts."
+        )
+    return [stage for stage in STAGES[:-1] if not _done(config, stage)]
+
+
+def run_missing(config: PPOConfig) -> None:
+    """Run what is missing, in this process's Ray session."""
+    for stage in missing(config):
+        main, choose = _JOBS[stage]
+        chosen = choose(preset(config.preset))
+        main(
+            replace(
+                chosen,
+                runs=config.runs,
+                seed=config.seed,
+                cluster=config.cluster,
+                wandb_project=config.wandb_project,
+            )
+        )
+
+
+def _done(config: PPOConfig, stage: str) -> bool:
+    return RunDirectory(config.runs, f"{config.preset}-{stage}").is_finished

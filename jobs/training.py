@@ -1,0 +1,167 @@
+"""What pretraining, SFT and reward modelling share as jobs: inputs, checks, the run, the report."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from llama2.checkpoint import check_folder
+
+from actors.trainer import TrainTask, train
+from cluster.placement import check_capacity
+from cluster.report import write_report
+from cluster.run_directory import RunDirectory
+from cluster.session import session
+from cluster.training import run_workers
+from jobs import cli
+from jobs.configs import PrepareConfig, RewardModelConfig, TrainConfig
+from jobs.prepare import FileSource, Part, check, prepare, sources
+from llama2.config import ModelConfig
+from llama2.schedules import Schedule
+from llama2.shards import Shards, read_manifest
+from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+
+Stage = Literal["pretrain", "sft", "reward_model"]
+# What may differ when a run is continued: it does not change what the run computes.
+MAY_CHANGE = ("cluster", "runs", "wandb_project", "workers", "save_every", "micro_batch_rows")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where a training job reads from."""
+
+    data: Path
+    """Folder with `train` and `heldout` rows."""
+    tokenizer: Path
+    raw: PrepareConfig | None
+    """How to prepare the data first, where raw records were given."""
+
+
+def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
+    """Train one model into its run directory; a finished run is left as it is."""
+    part = _part(config, stage)
+    run = RunDirectory(config.runs, config.run_name(part))
+    if run.is_finished:
+        print(f"{run.name}: finished already; the model is in {run.model}.")
+        return
+    inputs = find_inputs(config, part, start, run)
+    model = config.model if start is None else check_folder(start)
+    tokenizer = load_tokenizer(inputs.tokenizer) if inputs.tokenizer.exists() else None
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, model.vocab_size)
+    if config.batch_rows % config.workers.count:
+        raise ValueError(
+            f"batch_rows {config.batch_rows} cannot be shared evenly by {config.workers.count} "
+            "workers; change one of them."
+        )
+    if inputs.raw is not None:
+        check(inputs.raw, sources(inputs.raw))
+    else:
+        _check_rows(inputs.data, model, tokenizer)
+    with session(config.cluster):
+        check_capacity({"training": config.workers})
+        run.open(cli.plain(config), may_change=MAY_CHANGE)
+        if inputs.raw is not None:
+            prepared = RunDirectory(run.path, "data")
+            prepare(inputs.raw, sources(inputs.raw), prepared)
+            _check_rows(inputs.data, model, load_tokenizer(inputs.tokenizer))
+        task = _task(config, stage, inputs, model, run, start)
+        print(f"{run.name}: {task.schedule.steps} steps of {config.batch_rows} rows", flush=True)
+        run_workers(train, task, config.workers, run)
+    write_report(run, f"{run.name}: {stage.replace('_', ' ')}")
+    print(f"{run.name}: the model is in {run.model}, the report is {run.report}.")
+
+
+def _part(config: TrainConfig, stage: Stage) -> Part:
+    if isinstance(config, RewardModelConfig):
+        return config.kind
+    return "pretrain" if stage == "pretrain" else "sft"
+
+
+def find_inputs(config: TrainConfig, part: Part, start: Path | None, run: RunDirectory) -> Inputs:
+    """Prepared rows, or raw records that are to be prepared below the run's own folder.
+
+    Raises `ValueError` where a path is missing or prepared data lacks the part that is needed.
+    """
+    paths = config.data or (config.runs / f"{config.preset}-data",)
+    for path in paths:
+        if not path.exists():
+            hint = "" if config.data else "; run jobs/prepare.py first, or give --data"
+            raise ValueError(f"{path} does not exist{hint}.")
+    root = paths[0].absolute()
+    if (root / "tokenizer").is_dir():
+        if not (root / part / "train" / "manifest.json").is_file():
+            raise ValueError(f"{root} holds no prepared {part} data; prepare it first.")
+        return Inputs(root / part, config.tokenizer or root / "tokenizer", None)
+    tokenizer = config.tokenizer or start
+    field = {"pretrain": "text", "sft": "dialogues"}.get(part, part)
+    raw = PrepareConfig(
+        preset=config.preset,
+        name="data",
+        runs=run.path,
+        tokenizer=None if tokenizer is None else tokenizer.absolute(),
+        vocab_size=config.model.vocab_size,
+        context=config.model.max_position_embeddings,
+    )
+    raw = replace(raw, **{field: tuple(path.absolute() for path in paths)})
+    assert isinstance(sources(raw)[part], FileSource)
+    data = run.path / "data"
+    return Inputs(data / part, data / "tokenizer", raw)
+
+
+def _check_rows(folder: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+    for split in ("train", "heldout"):
+        manifest = read_manifest(folder / split)
+        if manifest.context > model.max_position_embeddings:
+            raise ValueError(
+                f"{folder} has rows of up to {manifest.context} tokens and the model's context is "
+                f"{model.max_position_embeddings}; prepare it with --context "
+                f"{model.max_position_embeddings}."
+            )
+        if tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
+            raise ValueError(
+                f"{folder} was written with another tokenizer than the model's; prepare it again "
+                "with --tokenizer naming the model's folder."
+            )
+
+
+def _task(
+    config: TrainConfig,
+    stage: Stage,
+    inputs: Inputs,
+    model: ModelConfig,
+    run: RunDirectory,
+    start: Path | None,
+) -> TrainTask:
+    rows = len(Shards(inputs.data / "train"))
+    steps = config.steps or math.ceil(config.epochs * rows / config.batch_rows)
+    warmup = config.warmup_steps
+    if stage == "reward_model" and not warmup:
+        warmup = max(5, round(0.03 * steps))  # paper, section 3.2.2
+    return TrainTask(
+        stage=stage,
+        run=run,
+        data=inputs.data / "train",
+        heldout=inputs.data / "heldout",
+        start=None if start is None else start.absolute(),
+        model=model,
+        engine=config.engine,
+        schedule=Schedule(config.peak_lr, steps, warmup, config.schedule),
+        tokenizer=inputs.tokenizer.absolute(),
+        batch_rows=config.batch_rows,
+        micro_batch_rows=config.micro_batch_rows,
+        eval_rows=config.eval_rows,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        seed=config.seed,
+        margin=config.margin if isinstance(config, RewardModelConfig) else "none",
+        activation_checkpointing=config.activation_checkpointing,
+        wandb_project=config.wandb_project,
+    )
+
+
+def start_folder(config: TrainConfig, stage: str) -> Path:
+    """The model to start from: the one given, or the preset's model of an earlier stage."""
+    if config.start is not None:
+        return config.start
+    return config.runs / f"{config.preset}-{stage}" / "model"
