@@ -1,11 +1,12 @@
-"""The rollout coordinator: asks the generators for answers and the scorers for their worth, and deals
-the samples out to the learner's workers. It handles references and scalars, not tokens."""
+"""The rollout coordinator: asks the generators for answers and the scorers for their worth, and
+deals the samples out to the learner's workers. It handles references and scalars, not tokens."""
 
 import asyncio
 import json
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,8 @@ class Chunk:
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
 class Coordinator:
-    """Answers are a function of (seed, iteration, weights), so a restart or a repeated call is harmless."""
+    """Answers are a function of (seed, iteration, weights), so a restart or a repeated call is
+    harmless."""
 
     def __init__(
         self,
@@ -86,7 +88,8 @@ class Coordinator:
         self._metrics: dict[str, float] = {}
 
     async def share(self, iteration: int, version: Version, rank: int, world: int) -> Share:
-        """The part of iteration `iteration`, sampled with weights `version`, of one of `world` workers."""
+        """The part of iteration `iteration`, sampled with weights `version`, of one of `world`
+        workers."""
         async with self._lock:
             if self._latest != (iteration, version):
                 self._chunks, self._metrics = await self._collect(iteration, version)
@@ -128,7 +131,7 @@ class Coordinator:
         results = await asyncio.gather(
             *(
                 self._chunk(number, requests[start:end], version, sampling)
-                for number, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False))
+                for number, (start, end) in enumerate(pairwise(bounds))
                 if end > start
             )
         )
@@ -202,7 +205,8 @@ class Coordinator:
         )
 
     async def evaluate(self, step: int, version: Version) -> dict[str, float]:
-        """Answer the held-out prompts, judge the answers, write them to the run, return the means."""
+        """Answer the held-out prompts, judge the answers, write them to the run, return the
+        means."""
         task = self._task
         requests = [
             self._request(f"heldout-{i}", prompt, -1 - i) for i, prompt in enumerate(task.heldout)

@@ -1,10 +1,10 @@
 """The encoders: Ray Data tasks that turn a part of a source into tokenized rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from llama2.sources import WorldSource
 from llama2.tokenizer import Tokenizer, load_tokenizer
 
 Part = Literal["pretrain", "sft", "helpfulness", "safety"]
-PARSERS = {
+PARSERS: dict[Part, Callable[..., list[Any]]] = {
     "pretrain": parse_documents,
     "sft": parse_dialogues,
     "helpfulness": parse_comparisons,

@@ -44,7 +44,8 @@ class Generator:
             self.refresh()  # a replica that starts late must not serve the initial weights
 
     def refresh(self) -> Receipt:
-        """Load the newest published weights; what is returned is summed up from the model itself."""
+        """Load the newest published weights; what is returned is summed up from the model
+        itself."""
         (reference,) = ray.get(self._store.latest.remote())
         with self._lock:
             self._version = weights.load(self._engine.model, ray.get(reference))

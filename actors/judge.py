@@ -14,7 +14,8 @@ class Judge:
         self._world = None if world_seed is None else World(world_seed)
 
     def look(self, prompt: Prompt, judged: Judged) -> Judged:
-        """`judged` with the gold judge's verdict. Raises `ValueError` for a prompt unknown to its world."""
+        """`judged` with the gold judge's verdict. Raises `ValueError` for a prompt unknown to its
+        world."""
         if self._world is None:
             return judged
         system = next((m.content for m in prompt.messages if m.role == "system"), None)

@@ -1,4 +1,5 @@
-"""The learner: one Ray Train group whose workers each hold a shard of the policy and of the value model.
+"""The learner: one Ray Train group whose workers each hold a shard of the policy and of the value
+model.
 
 An iteration is: publish the weights, take this worker's share of the samples, compute advantages,
 update minibatch by minibatch.
@@ -78,17 +79,18 @@ class Learner:
                 self.task.replicas,
                 self.task.timeout,
             )
-            found = [source.version, len({receipt.version.checksum for receipt in receipts})]
+            checksums = {receipt.version.checksum for receipt in receipts}
+            found: list[Any] = [source.version, len(checksums)]
         else:
             for _ in self.policy.engine.weights():  # sharded weights are gathered by all together
                 pass
             found = [None, 0]
         torch.distributed.broadcast_object_list(found)
-        version, checksums = found
+        version, distinct = found
         return version, {
             "time/publish": time.perf_counter() - started,
             "publish/version": float(version.number),
-            "publish/distinct_checksums": float(checksums),
+            "publish/distinct_checksums": float(distinct),
         }
 
     def share(self, version: Version) -> Share:
@@ -101,7 +103,8 @@ class Learner:
 
     @torch.no_grad()
     def experience(self, share: Share) -> list[list[ExperienceBatch]]:
-        """Micro-batches by minibatch, with advantages whitened over the global batch (collective)."""
+        """Micro-batches by minibatch, with advantages whitened over the global batch
+        (collective)."""
         ppo = self.task.ppo
         minibatches = []
         for minibatch in gather(share):

@@ -101,7 +101,8 @@ class LanguageModelling:
 
 
 class Ranking:
-    """Binary ranking loss with a margin by rating, the score read at the last token (paper, 3.2.2)."""
+    """Binary ranking loss with a margin by rating, the score read at the last token (paper,
+    3.2.2)."""
 
     def __init__(self, shards: Shards, margin: Literal["none", "small", "large"]) -> None:
         self.shards = shards

@@ -1,5 +1,6 @@
 """Ray Data: producing rows in parallel and reading them in order."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ def stream(parts: int, produce: Callable[[int], Iterable[Row]], cpus: float = 1.
 
     Parts are made ahead of the reader only as far as Ray Data's memory budget allows.
     """
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False

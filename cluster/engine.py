@@ -1,8 +1,8 @@
 """DeepSpeed behind a small interface: the only file that imports it.
 
 An `Engine` owns a module, its ZeRO-sharded optimizer and its learning-rate schedule. Losses are
-sums divided by counts of the whole global batch, so gradients are added over ranks and micro-batches,
-never averaged, and any split of a batch gives the same update.
+sums divided by counts of the whole global batch, so gradients are added over ranks and micro-
+batches, never averaged, and any split of a batch gives the same update.
 """
 
 import gc
@@ -45,6 +45,9 @@ class EngineConfig:
             raise ValueError("offload_parameters needs zero_stage 3; set it, or do not offload.")
         if self.offload_optimizer and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; set one of them.")
+        if self.precision == "bfloat16" and self.zero_stage == 0:
+            # Without ZeRO DeepSpeed would accumulate gradients in bfloat16.
+            raise ValueError("bfloat16 needs zero_stage 1, 2 or 3; set one, or take float32.")
 
 
 def _import_deepspeed() -> Any:
@@ -98,7 +101,8 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages
 
     def step(self) -> dict[str, float]:
-        """Reduce, clip and apply the gradients. Returns the learning rate and the gradient's norm."""
+        """Reduce, clip and apply the gradients. Returns the learning rate and the gradient's
+        norm."""
         rate = self.schedule(self.updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
@@ -119,7 +123,8 @@ class Engine:
         return self.config.zero_stage == 3
 
     def save(self, folder: Path, name: str) -> None:
-        """Write this rank's part of weights, optimizer and counters under `folder/name` (collective)."""
+        """Write this rank's part of weights, optimizer and counters under `folder/name`
+        (collective)."""
         self._engine.save_checkpoint(
             str(folder), tag=name, client_state={"updates": self.updates}, save_latest=False
         )
@@ -128,7 +133,9 @@ class Engine:
         """Read what `save` wrote, on the same number of ranks (collective)."""
         path, state = self._engine.load_checkpoint(str(folder), tag=name)
         if path is None:
-            raise ValueError(f"No training state {name!r} in {folder}; remove the folder to restart.")
+            raise ValueError(
+                f"No training state {name!r} in {folder}; remove the folder to restart."
+            )
         self.updates = int(state["updates"])
 
     def close(self) -> None:

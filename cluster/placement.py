@@ -43,13 +43,13 @@ def check_capacity(roles: Mapping[str, Workers]) -> None:
         if sum(wanted.values()) > offered + 1e-9:
             parts = ", ".join(f"{name} {amount:g}" for name, amount in wanted.items() if amount)
             raise ValueError(
-                f"The workers ask for {sum(wanted.values()):g} {unit} ({parts}) and the cluster has "
-                f"{offered:g}; ask for fewer workers, or smaller shares, or add nodes."
+                f"The workers ask for {sum(wanted.values()):g} {unit} ({parts}) and the cluster "
+                f"has {offered:g}; ask for fewer workers, or smaller shares, or add nodes."
             )
         largest = max((node.get(resource, 0.0) for node in nodes), default=0.0)
         for name, role in roles.items():
             if getattr(role, unit) > largest:
                 raise ValueError(
-                    f"Each {name} worker asks for {getattr(role, unit):g} {unit} and no node has more "
-                    f"than {largest:g}; ask for less."
+                    f"Each {name} worker asks for {getattr(role, unit):g} {unit} and no node has "
+                    f"more than {largest:g}; ask for less."
                 )

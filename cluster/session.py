@@ -19,6 +19,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(1 << 26),
     # How often Ray Train looks after its workers, and so the least that a report costs, in seconds.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # A worker's lines would else be shown twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
@@ -29,17 +31,18 @@ class ClusterConfig:
     """Which Ray cluster a job runs on."""
 
     address: str | None = None
-    """Cluster to join, as host:port. By default that of the submitted job (RAY_ADDRESS); without one
-    a local cluster is started, on loopback, for the time of the job."""
+    """Cluster to join, as host:port. By default that of the submitted job (RAY_ADDRESS); without
+    one a local cluster is started for the time of the job, its dashboard on loopback."""
     local_cpus: int | None = None
     """CPUs that a local cluster offers; by default all of this machine's."""
 
 
 @contextmanager
-def session(config: ClusterConfig, dashboard: bool = False) -> Iterator[str | None]:
+def session(config: ClusterConfig) -> Iterator[str | None]:
     """Connect to Ray for the time of a `with` block; yields the dashboard's address, if it has one.
 
-    A process that is connected already stays so. Raises `ConnectionError` where the named cluster does not answer.
+    A process that is connected already stays so. Raises `ConnectionError` where the named cluster
+    does not answer.
     """
     if ray.is_initialized():
         yield None
@@ -57,10 +60,9 @@ def session(config: ClusterConfig, dashboard: bool = False) -> Iterator[str | No
         protect_token()
         context = ray.init(
             num_cpus=config.local_cpus,
-            include_dashboard=dashboard,
+            include_dashboard=True,  # Ray Train asks it for the state of its actors
             dashboard_host="127.0.0.1",
             runtime_env=environment,
-            _node_ip_address="127.0.0.1",
             _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),  # sockets want a short path
         )
     try:

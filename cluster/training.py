@@ -1,4 +1,5 @@
-"""Ray Train: a group of workers that runs one loop, checkpoints together and is restarted together."""
+"""Ray Train: a group of workers that runs one loop, checkpoints together and is restarted
+together."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,9 +34,9 @@ def run_workers(
 ) -> None:
     """Run `loop(task)` on every worker until all return.
 
-    Where one dies, all are started again and find the newest checkpoint through `resume`. State goes
-    to `run.checkpoints`; a later call with the same folder continues there. Raises `WorkersFailed`
-    after `max_failures` restarts.
+    Where one dies, all are started again and find the newest checkpoint through `resume`. State
+    goes to `run.checkpoints`; a later call with the same folder continues there. Raises
+    `WorkersFailed` after `max_failures` restarts.
     """
     trainer = TorchTrainer(
         _Loop(loop, task, workers.threads),

@@ -3,6 +3,7 @@ the worker that published them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import ray
@@ -36,7 +37,7 @@ class Snapshot:
 
     version: Version
     fields: tuple[Field, ...]
-    buffer: np.ndarray[tuple[int], np.dtype[np.uint8]]
+    buffer: np.ndarray[Any, Any]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and read-only views."""
@@ -45,7 +46,7 @@ class Snapshot:
             yield field.name, data.view(field.shape)
 
 
-def _bytes(tensor: Tensor) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+def _bytes(tensor: Tensor) -> Any:
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return flat.numpy()
 
@@ -123,8 +124,8 @@ def publish(
     """Put a snapshot into the store, have every replica load it, and check what they hold.
 
     broadcast: asks all live replicas to load the newest snapshot. Raises `PublishError` where fewer
-    than `replicas` answer or one of them holds other weights, `TimeoutError` from Ray where the store
-    does not answer within `timeout` seconds.
+    than `replicas` answer or one of them holds other weights, `TimeoutError` from Ray where the
+    store does not answer within `timeout` seconds.
     """
     ray.get(store.put.remote(source), timeout=timeout)
     receipts = broadcast()

@@ -20,8 +20,8 @@ USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionErro
 def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> None:
     """Run a job from the command line.
 
-    Options override the values of `--config FILE`, and those the defaults of `--preset`. What a user
-    can mend is told in one sentence, with exit status 2.
+    Options override the values of `--config FILE`, and those the defaults of `--preset`. What a
+    user can mend is told in one sentence, with exit status 2.
     """
     try:
         config = parse(sys.argv[1:], default, main.__doc__ or "")
@@ -32,7 +32,8 @@ def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> 
 
 
 def parse(arguments: list[str], default: Callable[[Preset], Config], description: str) -> Config:
-    """The config that a command line asks for. Raises `ValueError` for an unknown preset or file."""
+    """The config that a command line asks for. Raises `ValueError` for an unknown preset or
+    file."""
     file, arguments = _take(arguments, "--config")
     if file is not None:
         base = from_file(Path(file), type(default(preset("tiny"))))
@@ -42,8 +43,8 @@ def parse(arguments: list[str], default: Callable[[Preset], Config], description
         type(base),
         default=base,
         args=arguments,
-        description=f"{description}\n\nWith --config FILE, the values of a run's config.yaml are the "
-        "defaults instead of a preset's.",
+        description=f"{description}\n\nWith --config FILE, the values of a run's config.yaml are "
+        "the defaults instead of a preset's.",
     )
 
 

@@ -13,8 +13,8 @@ from llama2.ppo import PPOSettings
 
 
 def default_runs() -> Path:
-    """RUNS_DIR, or `runs` in this folder; `~/runs` where a submitted job's folder is a copy that Ray
-    throws away."""
+    """RUNS_DIR, or `runs` in this folder; `~/runs` where a submitted job's folder is a copy that
+    Ray throws away."""
     if "RUNS_DIR" in os.environ:
         return Path(os.environ["RUNS_DIR"])
     submitted = "_ray_pkg_" in str(Path.cwd())
@@ -66,7 +66,8 @@ class PrepareConfig(JobConfig):
     context: int = 256
     """Longest row, in tokens."""
     heldout_share: float = 0.02
-    """Share of the records that is kept for evaluation, chosen by a hash of their prompt or text."""
+    """Share of the records that is kept for evaluation, chosen by a hash of their prompt or
+    text."""
     world_seed: int = 0
     """Which synthetic world."""
     world_documents: int = 30_000

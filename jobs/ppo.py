@@ -13,7 +13,6 @@ from typing import Any
 
 import ray
 import torch
-from llama2.checkpoint import check_folder
 from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,6 +31,7 @@ from jobs import cli, results, stages
 from jobs.configs import PPOConfig
 from jobs.prepare import file_prompts, split_prompts
 from llama2.chat import encode_prompt
+from llama2.checkpoint import check_folder
 from llama2.generation import Sampling
 from llama2.records import Prompt
 from llama2.schedules import Schedule

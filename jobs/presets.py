@@ -1,7 +1,7 @@
 """Defaults of every job for each size: the embedded `tiny`, and the paper's hyperparameters.
 
-`tiny` is chosen to go from nothing to PPO within minutes on two cores. The others are the paper's numbers
-(sections 2.2, 3.1, 3.2.2 and 3.4.3); their workers are 80 GB GPUs.
+`tiny` is chosen to go from nothing to PPO within minutes on two cores. The others are the paper's
+numbers (sections 2.2, 3.1, 3.2.2 and 3.4.3); their workers are 80 GB GPUs.
 """
 
 from collections.abc import Callable

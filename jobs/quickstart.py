@@ -36,7 +36,7 @@ def main(config: QuickstartConfig) -> None:
     waiting = [stage for stage in STAGES if not _run(config, stage).is_finished]
     if waiting:
         print(f"Stages to run: {', '.join(waiting)}. Results go to {config.runs.absolute()}.")
-        with session(config.cluster, dashboard=True) as dashboard:
+        with session(config.cluster) as dashboard:
             print(f"Ray dashboard: http://{dashboard}", flush=True)
             client = JobSubmissionClient(f"http://{dashboard}")
             for stage in waiting:

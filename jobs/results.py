@@ -1,13 +1,12 @@
 """Held-out results before and after PPO, computed from the files that the run wrote."""
 
-
 from actors.coordinator import read_evaluation
 from cluster.run_directory import RunDirectory, append_json
 from llama2.evaluation import Judged, improvement, summary, win_rate
 
 NOTE = (
-    "Before is the policy that PPO started from, after is its result; both answered the same held-out "
-    "prompts with the same random seeds."
+    "Before is the policy that PPO started from, after is its result; both answered the same "
+    "held-out prompts with the same random seeds."
 )
 ROWS = {
     "gold": "gold score (0 to 1)",

@@ -45,10 +45,10 @@ def missing(config: PPOConfig) -> list[str]:
     if not absent:
         return []
     if config.preset != "tiny":
+        names = ", ".join(f"{config.preset}-{stage}" for stage in absent)
         raise ValueError(
-            f"The runs {', '.join(f'{config.preset}-{stage}' for stage in absent)} are not there or "
-            f"not finished in {config.runs}; run these stages, or name policy, reward models and "
-            "prompts."
+            f"The runs {names} are not there or not finished in {config.runs}; run these stages, "
+            "or name policy, reward models and prompts."
         )
     return [stage for stage in STAGES[:-1] if not _done(config, stage)]
 

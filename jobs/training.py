@@ -5,8 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from llama2.checkpoint import check_folder
-
+from actors.encoder import Part
 from actors.trainer import TrainTask, train
 from cluster.placement import check_capacity
 from cluster.report import write_report
@@ -15,7 +14,8 @@ from cluster.session import session
 from cluster.training import run_workers
 from jobs import cli
 from jobs.configs import PrepareConfig, RewardModelConfig, TrainConfig
-from jobs.prepare import FileSource, Part, check, prepare, sources
+from jobs.prepare import check, prepare, sources
+from llama2.checkpoint import check_folder
 from llama2.config import ModelConfig
 from llama2.schedules import Schedule
 from llama2.shards import Shards, read_manifest
@@ -103,8 +103,7 @@ def find_inputs(config: TrainConfig, part: Part, start: Path | None, run: RunDir
         vocab_size=config.model.vocab_size,
         context=config.model.max_position_embeddings,
     )
-    raw = replace(raw, **{field: tuple(path.absolute() for path in paths)})
-    assert isinstance(sources(raw)[part], FileSource)
+    raw = replace(raw, **{field: tuple(path.absolute() for path in paths)})  # type: ignore[arg-type]
     data = run.path / "data"
     return Inputs(data / part, data / "tokenizer", raw)
 

@@ -14,7 +14,8 @@ def gae(
     lam: float,
     bootstrap_B: Tensor | None = None,
 ) -> Tensor:
-    """Generalised advantage estimates [B, T] (Schulman et al. 2016, equation 16), 0 where the mask is 0.
+    """Generalised advantage estimates [B, T] (Schulman et al. 2016, equation 16), 0 where the mask
+    is 0.
 
     rewards_BT: reward received after each action. values_BT: value of the state before it.
     mask_BT: 1 for actions; tokens with 0 are skipped, as though the sequence had been written

@@ -1,7 +1,8 @@
 """Grouped-query attention over packed documents, with an optional key/value cache.
 
-Shapes: B batch, T query tokens, S key tokens, D model width, H query heads, G key/value heads, K head width.
-A token belongs to a segment (a document); 0 marks padding. No token sees another segment.
+Shapes: B batch, T query tokens, S key tokens, D model width, H query heads, G key/value heads,
+K head width. A token belongs to a segment (a document); 0 marks padding. No token sees another
+segment.
 """
 
 import torch
@@ -13,7 +14,7 @@ from llama2.rope import rotate
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for `batch_size` rows of at most `capacity` tokens."""
+    """Keys and values of the tokens so far, for `batch_size` rows of at most `capacity` tokens."""
 
     def __init__(
         self,
@@ -62,7 +63,10 @@ def positions_in_segments(segments_BT: Tensor) -> Tensor:
 
 
 def attention_mask(segments_BT: Tensor, segments_BS: Tensor) -> Tensor:
-    """True where a query may look: the same segment, not later. [B, 1, T, S], queries are the last T keys."""
+    """True where a query may look: the same segment, not later. [B, 1, T, S].
+
+    The queries are the last T of the S keys.
+    """
     queries, keys = segments_BT.shape[1], segments_BS.shape[1]
     index = torch.arange(keys, device=segments_BS.device)
     causal = index[None, :] <= index[keys - queries :, None]
@@ -80,7 +84,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    # One query token: two batched products over the groups beat the fused kernel several times on a CPU.
+    # One query token: on a CPU two batched products over the groups are several times as fast as
+    # the fused kernel.
     batch, heads, _, width = query.shape
     groups = key.shape[1]
     grouped = query.view(batch, groups, heads // groups, width)

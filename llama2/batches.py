@@ -23,7 +23,8 @@ class TokenSequence:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Inputs, the document of each token (0: padding) and the token to predict next (`IGNORE`: none)."""
+    """Inputs, the document of each token (0: padding) and the token to predict next (`IGNORE`:
+    none)."""
 
     tokens_BT: Tensor
     segments_BT: Tensor
@@ -36,7 +37,8 @@ class TokenBatch:
 
 
 def pack(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> TokenBatch:
-    """Lay documents one behind the other in each row, padded right to `width` (default: the longest).
+    """Lay documents one behind the other in each row, padded right to `width` (default: the
+    longest).
 
     A document of n tokens takes n - 1 places: its last token is only a target.
     """
@@ -59,7 +61,8 @@ def pack(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> T
 
 
 def pad_right(sequences: Sequence[TokenArray]) -> tuple[Tensor, Tensor, Tensor]:
-    """One sequence a row: tokens_BT, segments_BT (1, padding 0) and the index of each last token, [B]."""
+    """One sequence a row: tokens_BT, segments_BT (1, padding 0) and the index of each last token,
+    [B]."""
     lengths = [len(tokens) for tokens in sequences]
     tokens_BT = np.zeros((len(sequences), max(lengths)), dtype=np.int64)
     for row, tokens in zip(tokens_BT, sequences, strict=True):

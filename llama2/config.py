@@ -1,4 +1,4 @@
-"""The shape of a Llama model, and the published sizes (Llama 2 paper, section 2 and appendix A.2.1)."""
+"""The shape of a Llama model, and the published sizes (Llama 2 paper, section 2 and A.2.1)."""
 
 from dataclasses import dataclass
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class RopeScaling:
     """How rotary frequencies are stretched for contexts longer than the one first trained on.
 
-    `kind` is "linear" (all wavelengths times `factor`) or "llama3" (long wavelengths times `factor`, short ones
-    untouched, a ramp between, as Llama 3.1 publishes it).
+    `kind` is "linear" (all wavelengths times `factor`) or "llama3" (long wavelengths times
+    `factor`, short ones untouched, a ramp between, as Llama 3.1 publishes it).
     """
 
     kind: str
@@ -24,11 +24,23 @@ class RopeScaling:
             )
 
 
+SIZE_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Hyperparameters of a decoder-only Llama, named as in Hugging Face's `config.json`.
 
-    Raises `ValueError` when heads do not divide the width or each other.
+    Raises `ValueError` where a size is not positive, heads do not divide the width or each other,
+    or a head has no pairs to rotate.
     """
 
     vocab_size: int = 32_000
@@ -46,10 +58,14 @@ class ModelConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: float = 0.02
-    bos_token_id: int = 1
-    eos_token_id: int = 2
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        for name in SIZE_FIELDS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -60,7 +76,11 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
-                f"num_key_value_heads {self.num_key_value_heads}."
+                f"num_key_value_heads {self.num_key_value_heads}; change one of them."
+            )
+        if self.head_width < 2 or self.head_width % 2:
+            raise ValueError(
+                f"head_dim {self.head_width} is not even, and positions turn pairs; change it."
             )
 
     @property
@@ -83,7 +103,7 @@ class ModelConfig:
 
 
 def feed_forward_width(hidden_size: int, multiple_of: int = 256, multiplier: float = 1.0) -> int:
-    """SwiGLU width of the reference code: 2/3 of 4 D, times `multiplier`, rounded up to `multiple_of`."""
+    """SwiGLU width of the reference code: 2/3 of 4 D by `multiplier`, up to a `multiple_of`."""
     width = int(multiplier * int(2 * 4 * hidden_size / 3))
     return multiple_of * -(-width // multiple_of)
 

@@ -1,4 +1,5 @@
-"""From records to token sequences: what `jobs/prepare.py` does to each of them, wherever it runs."""
+"""From records to token sequences: what `jobs/prepare.py` does to each of them, wherever it
+runs."""
 
 import zlib
 from collections.abc import Iterator, Sequence
@@ -38,9 +39,9 @@ def encode(
     """The rows of a record; none where it cannot be used within `context` tokens.
 
     A text is cut into pieces that fit. A dialogue that is too long is cut at its end and kept while
-    an answer token is left. A comparison that is too long loses the oldest tokens of its prompt; one
-    whose answers alone do not fit, or whose chosen answer is the unsafe one (section 3.2.1), is
-    dropped.
+    an answer token is left. A comparison that is too long loses the oldest tokens of its prompt;
+    one whose answers alone do not fit, or whose chosen answer is the unsafe one (section 3.2.1),
+    is dropped.
     """
     if isinstance(record, Document):
         yield from _encode_text(record.text, tokenizer, context)

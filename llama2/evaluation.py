@@ -46,7 +46,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def win_rate(before: Sequence[Judged], after: Sequence[Judged]) -> Estimate:
-    """How often the second policy's answer beats the first's to the same prompt; a tie is half a win.
+    """How often the second policy's answer beats the first's to the same prompt; a tie is half a
+    win.
 
     By gold score, or by reward where there is no gold judge.
     """
@@ -59,7 +60,8 @@ def win_rate(before: Sequence[Judged], after: Sequence[Judged]) -> Estimate:
 
 
 def improvement(before: Sequence[Judged], after: Sequence[Judged]) -> Estimate:
-    """Mean paired difference of the strength of answers to the same prompts, and its standard error."""
+    """Mean paired difference of the strength of answers to the same prompts, and its standard
+    error."""
     return estimate([strength(b) - strength(a) for a, b in _pairs(before, after)])
 
 

@@ -1,8 +1,8 @@
-"""Losses as pure functions. Shapes: N tokens or pairs, B batch, T tokens, D model width, V vocabulary.
+"""Losses as pure functions. Shapes: N tokens or pairs, D model width, V vocabulary.
 
-Sums and means: every loss takes per-token or per-pair terms and a `total` to divide by, which the caller sets to
-the count over the whole global batch, so that any split into micro-batches, ranks and accumulation steps adds
-up to the same number.
+Sums and means: every loss takes per-token or per-pair terms and a `total` to divide by, which the
+caller sets to the count over the whole global batch, so that any split into micro-batches, ranks
+and accumulation steps adds up to the same number.
 """
 
 from typing import Any
@@ -57,10 +57,10 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
 def selected_log_probs(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(hidden @ weight.T), and the entropy of that softmax.
+    """Log-probability of each target under softmax(hidden @ weight.T), and that softmax's entropy.
 
-    Both [N], float32, in nats. Only the log-probability carries a gradient. Logits exist for one chunk of tokens
-    at a time, in the forward pass and, computed again, in the backward pass.
+    Both [N], float32, in nats. Only the log-probability carries a gradient. Logits exist for one
+    chunk of tokens at a time, in the forward pass and, computed again, in the backward pass.
     """
     logprobs, entropies = _SelectedLogProbs.apply(hidden_ND, weight_VD, targets_N)
     return logprobs, entropies
@@ -72,7 +72,7 @@ def next_token_loss(logprobs_N: Tensor, total: float) -> Tensor:
 
 
 def ranking_loss(chosen_N: Tensor, rejected_N: Tensor, margin_N: Tensor, total: float) -> Tensor:
-    """-log sigmoid(r_chosen - r_rejected - margin), summed over pairs over `total` (paper, equation 2)."""
+    """-log sigmoid(r_chosen - r_rejected - margin) (paper, equation 2): the sum over `total`."""
     return -F.logsigmoid(chosen_N - rejected_N - margin_N).sum() / total
 
 
@@ -83,7 +83,7 @@ def policy_loss(
     clip_range: float,
     total: float,
 ) -> Tensor:
-    """PPO's clipped surrogate, negated (Schulman et al. 2017, equation 7), summed over tokens over `total`."""
+    """PPO's clipped surrogate, negated (Schulman et al. 2017, equation 7): the sum over `total`."""
     ratio = torch.exp(logprobs_N - old_logprobs_N)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantages_N, clipped * advantages_N).sum() / total
@@ -96,10 +96,10 @@ def value_loss(
     clip_range: float | None,
     total: float,
 ) -> Tensor:
-    """Half the squared error to the returns, summed over tokens over `total`.
+    """Half the squared error to the returns: the sum over tokens over `total`.
 
-    With `clip_range` the larger of that and the error of the value held within `clip_range` of the old one
-    (the value clipping of PPO's published code).
+    With `clip_range` the larger of that and the error of the value held within `clip_range` of the
+    old one (the value clipping of PPO's published code).
     """
     error = (values_N - returns_N).square()
     if clip_range is not None:

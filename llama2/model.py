@@ -18,7 +18,7 @@ from llama2.rope import inverse_frequencies, rotation
 
 
 class TokenScores(NamedTuple):
-    """What a language model says of given targets: log-probability and entropy, one each, in row order."""
+    """Log-probability of each given target, and the entropy of its prediction, in row order."""
 
     logprobs_N: Tensor
     entropies_N: Tensor
@@ -91,7 +91,7 @@ class Trunk(nn.Module):
     ) -> Tensor:
         hidden = self.embed_tokens(tokens_BT)
         positions, mask = _layout(tokens_BT, segments_BT, cache)
-        # Kept out of buffers: an engine that casts the module to bf16 must not round the frequencies.
+        # No buffer: an engine that casts the module to bf16 must not round the frequencies.
         frequencies = inverse_frequencies(self.config).to(hidden.device)
         angles = rotation(positions, frequencies, hidden.dtype)
         for layer in self.layers:
@@ -120,9 +120,11 @@ def _layout(
 
 
 class Unembedding(nn.Linear):
-    """The language-model head. Given targets, it never holds the logits of more than a chunk of tokens."""
+    """The language-model head. Given targets, it holds logits of one chunk of tokens at a time."""
 
-    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor | TokenScores:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden_BTD: Tensor, targets_BT: Tensor | None = None
+    ) -> Tensor | TokenScores:
         if targets_BT is None:
             return F.linear(hidden_BTD, self.weight)
         wanted = targets_BT != IGNORE
@@ -147,10 +149,10 @@ class Transformer(nn.Module):
         cache: KeyValueCache | None = None,
         targets_BT: Tensor | None = None,
     ) -> Tensor | TokenScores:
-        """Logits [B, T, V]; with `targets_BT`, `TokenScores` of the tokens whose target is not `IGNORE`.
+        """Logits [B, T, V]; with `targets_BT`, `TokenScores` where the target is not `IGNORE`.
 
-        tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one document a row.
-        cache: keys and values of earlier tokens, extended in place.
+        tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one
+        document a row. cache: keys and values of earlier tokens, extended in place.
         """
         return cast(
             "Tensor | TokenScores",
@@ -159,7 +161,7 @@ class Transformer(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A trunk with one number per token: a reward model reads the last one, a value model all of them."""
+    """A trunk with one number per token: a reward model reads the last, a value model all."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -173,9 +175,14 @@ class ScalarModel(nn.Module):
 
 
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw all weights from N(0, initializer_range), residual outputs smaller by sqrt(2 layers) (GPT-2)."""
+    """Draw matrices from N(0, initializer_range), residual outputs sqrt(2 layers) smaller (GPT-2).
+
+    Biases become 0; the scales of norms stay as they are.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
         if parameter.dim() < 2:
             continue
         residual = name.endswith(("o_proj.weight", "down_proj.weight"))

@@ -31,7 +31,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def balance(lengths: Sequence[int], shares: int) -> list[list[int]]:
     """Deal indices into `shares` parts of equal count whose token totals are close.
 
-    Longest first, back and forth over the parts. Raises `ValueError` unless the parts come out even.
+    Longest first, back and forth over the parts. Raises `ValueError` unless the parts come out
+    even.
     """
     if len(lengths) % shares:
         raise ValueError(f"{len(lengths)} sequences cannot be dealt evenly to {shares} shares.")
@@ -65,6 +66,7 @@ def shuffled(index: int, size: int, seed: int) -> int:
 
 
 def sample_order(step: int, batch: int, size: int, seed: int) -> list[int]:
-    """Indices of global batch number `step`: pass after pass over `size` samples, each reshuffled."""
+    """Indices of global batch number `step`: pass after pass over `size` samples, each
+    reshuffled."""
     places = range(step * batch, (step + 1) * batch)
     return [shuffled(place % size, size, seed * 1_000_003 + place // size) for place in places]

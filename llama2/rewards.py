@@ -24,14 +24,16 @@ def composite(
 
 
 def logit(probability: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Undo the sigmoid. Probabilities are held `epsilon` away from 0 and 1, so the result is finite."""
+    """Undo the sigmoid. Probabilities are held `epsilon` away from 0 and 1, so the result is
+    finite."""
     return torch.logit(probability, eps=epsilon)
 
 
 def token_rewards(
     scores_B: Tensor, divergence_BT: Tensor, mask_BT: Tensor, kl_coefficient: float
 ) -> Tensor:
-    """Reward of each token [B, T]: -beta times its KL term, and the sample's score on its last token.
+    """Reward of each token [B, T]: -beta times its KL term, and the sample's score on its last
+    token.
 
     scores_B: whitened scores. divergence_BT: estimate of the KL at each token. mask_BT: 1 on the
     tokens that the policy wrote; a row without any receives nothing.

@@ -7,7 +7,8 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup to `peak`, then constant, or a cosine down to `final` times the peak at `steps`.
+    """Linear warmup to `peak`, then constant, or a cosine down to `final` times the peak at
+    `steps`.
 
     Called with the number of updates made so far, it gives the rate of the next one (paper, 2.2).
     """

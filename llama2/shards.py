@@ -1,8 +1,8 @@
 """Prepared data on disk: memory-mapped arrays and a manifest.
 
 A folder holds rows; a row holds sequences; a sequence holds tokens. Pretraining and SFT rows are
-packed documents; a preference row is a pair, chosen first. Arrays are flat and little-endian, so a row
-is found by arithmetic and nothing is read that is not asked for.
+packed documents; a preference row is a pair, chosen first. Arrays are flat and little-endian, so a
+row is found by arithmetic and nothing is read that is not asked for.
 """
 
 import json
@@ -60,7 +60,8 @@ class ShardWriter:
         self._counts = {"rows": 0, "sequences": 0, "tokens": 0, "targets": 0}
 
     def add(self, row: Sequence[TokenSequence], rating: int = -1, safety: int = -1) -> None:
-        """Append a row. rating: 0 (negligibly) to 3 (significantly better); safety: label; -1: none."""
+        """Append a row. rating: 0 (negligibly) to 3 (significantly better); safety: label; -1:
+        none."""
         row_targets = 0
         for sequence in row:
             self._write("tokens", sequence.tokens)
@@ -96,7 +97,8 @@ class ShardWriter:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder. Raises `ValueError` where there is none or it is malformed."""
+    """The manifest of a prepared folder. Raises `ValueError` where there is none or it is
+    malformed."""
     path = folder / "manifest.json"
     if not path.is_file():
         raise ValueError(f"{folder} is not a prepared data folder: it has no manifest.json.")
@@ -108,7 +110,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 class Shards:
-    """Reads a prepared folder. Raises `ValueError` where a file is not as long as the manifest says."""
+    """Reads a prepared folder. Raises `ValueError` where a file is not as long as the manifest
+    says."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
@@ -151,7 +154,8 @@ class Shards:
         return int(self._arrays["row_targets"][list(rows)].sum())
 
     def rating(self, index: int) -> int:
-        """Rating of pair `index`: 0 (negligibly better) to 3 (significantly better), -1 without one."""
+        """Rating of pair `index`: 0 (negligibly better) to 3 (significantly better), -1 without
+        one."""
         return int(self._arrays["ratings"][index])
 
     def safety(self, index: int) -> int:

@@ -61,7 +61,8 @@ class WorldSource:
 def world_prompts(
     seed: int, split: Literal["train", "heldout"], size: int, draw: int
 ) -> list[Prompt]:
-    """`size` prompts of a split, kinds mixed by the world's weights; `draw` numbers the selection."""
+    """`size` prompts of a split, kinds mixed by the world's weights; `draw` numbers the
+    selection."""
     found = world_of(seed).sample_prompts(split, size, draw)
     return [Prompt(_messages(prompt), prompt.safety, f"world {seed} {split}") for prompt in found]
 

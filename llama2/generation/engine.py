@@ -22,7 +22,8 @@ class Completion:
 
 
 class Engine:
-    """Generates for batches of up to `max_batch_size` prompts, dropping each row once it has ended."""
+    """Generates for batches of up to `max_batch_size` prompts, dropping each row once it has
+    ended."""
 
     def __init__(self, model: Transformer, max_batch_size: int = 256) -> None:
         self.model = model
@@ -64,8 +65,8 @@ class Engine:
                 raise ValueError(f"Prompt {i} is empty; give at least the beginning-of-text token.")
             if len(prompt) >= context:
                 raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, which leaves no room for an answer in the "
-                    f"context of {context}; shorten it."
+                    f"Prompt {i} has {len(prompt)} tokens, which leaves no room for an answer "
+                    f"in the context of {context}; shorten it."
                 )
             if min(prompt) < 0 or max(prompt) >= vocabulary:
                 raise ValueError(
@@ -125,7 +126,9 @@ class _Batch:
                 break
             self._advance(tokens)
         return {
-            i: Completion(self.tokens[i], self.logprobs[i], "stop" if i in self.stopped else "length")
+            i: Completion(
+                self.tokens[i], self.logprobs[i], "stop" if i in self.stopped else "length"
+            )
             for i in self.tokens
         }
 

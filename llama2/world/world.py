@@ -26,6 +26,8 @@ WEIGHTS: dict[str, float] = {
 SAFETY_WEIGHTS: dict[str, float] = {"unsafe": 0.6, "borderline": 0.2, "fact": 0.1, "how-to": 0.1}
 PERSONA_KINDS = ("fact", "opposite", "category", "how-to")
 PERSONA_QUESTIONS: dict[Split, int] = {"train": 24, "heldout": 4}  # of each such kind, per persona
+# In words: a longer first exchange gets no second one, so that dialogues stay under 110 tokens.
+LONGEST_FIRST_TURN = 25
 Message = dict[str, str]
 
 
@@ -115,7 +117,7 @@ class World:
     def dialogues(self, n: int, seed: int, skill: float = 0.5) -> list[list[Message]]:
         """`n` dialogues over training prompts, each by one writer of a crowd of mean skill `skill`.
 
-        A fifth have two turns; a persona holds in both.
+        About a fifth have two turns; a persona holds in both.
         """
         rng = random.Random(f"dialogues {self.seed} {seed}")
         prompts = self.sample_prompts("train", 2 * n, seed)
@@ -123,7 +125,10 @@ class World:
         for first, second in zip(prompts[:n], prompts[n:], strict=True):
             level = crowd_skill(rng, skill)
             messages = [*first.messages, _reply(write(first, rng, level))]
-            if rng.random() < 0.2 and second.kind != "persona":
+            roomy = (
+                sum(len(message["content"].split()) for message in messages) <= LONGEST_FIRST_TURN
+            )
+            if rng.random() < 0.25 and roomy and second.kind != "persona":
                 follow_up = WorldPrompt(
                     None, second.text, second.kind, second.safety, second.reference, first.mark
                 )

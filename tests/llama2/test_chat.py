@@ -197,7 +197,19 @@ def test_a_template_of_the_folder_is_used(with_template: Callable[[str], Tokeniz
     text = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
     ids = tokenizer.hugging_face.encode(text + "<|im_start|>assistant\n")  # type: ignore[attr-defined]
     assert encode_prompt(tokenizer, [SYSTEM, Message("user", "Hi")]) == ids
+    assert encode_prompt(tokenizer, [SYSTEM, Message("user", "\n Hi ")]) == ids
     assert ids[0] == tokenizer.bos_id
+
+
+def test_turns_that_end_without_an_end_token_are_answers_to_their_last_character(
+    with_template: Callable[[str], Tokenizer],
+) -> None:
+    tokenizer = with_template(
+        "{% for m in messages %}{{ m.role + ':\\n' + m.content + '\\n\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    )
+    answers = spans(encode_dialogue(tokenizer, DIALOGUE))
+    assert [tokenizer.decode(ids) for ids in answers] == [f"{text}\n\n" for text in ANSWERS]
 
 
 def test_a_template_that_names_the_date_gives_the_same_tokens_tomorrow(

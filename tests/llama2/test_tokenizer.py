@@ -17,9 +17,11 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer
 
 from llama2.tokenizer import (
+    LONGEST_LINE,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
+    _lines,
     check_vocabulary,
     load_tokenizer,
     train_tokenizer,
@@ -131,6 +133,10 @@ def test_long_lines_are_trained_on(tmp_path: Path) -> None:
     short = train_tokenizer(corpus(), 300, tmp_path / "short")
     long = train_tokenizer([text], 300, tmp_path / "long")
     assert long.encode("the garden") == short.encode("the garden")
+    pieces = list(_lines(text))
+    assert max(map(len, pieces)) <= LONGEST_LINE
+    assert " ".join(pieces) == text
+    assert list(_lines("x" * 2500)) == ["x" * 1000, "x" * 1000, "x" * 500]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +197,7 @@ def test_saving_and_pickling_keep_every_id(folder: Path, tmp_path: Path) -> None
         sent = pickle.loads(pickle.dumps(tokenizer))
         for other in (again, sent):
             assert type(other) is type(tokenizer)
-            names = ("vocab_size", "bos_id", "eos_id", "pad_id")
+            names = ("vocab_size", "bos_id", "eos_id", "pad_id", "fingerprint")
             assert [getattr(other, n) for n in names] == [getattr(tokenizer, n) for n in names]
             assert [other.encode(text) for text in SAMPLES] == [
                 tokenizer.encode(text) for text in SAMPLES

@@ -1,0 +1,118 @@
+"""The generation engine against full forward passes, transformers, and the distribution itself."""
+
+import pytest
+import torch
+import transformers
+
+from llama2.config import ModelConfig
+from llama2.generation import Engine, Sampling
+from llama2.generation.sampling import draw
+from llama2.model import Transformer, initialize
+
+CONFIG = ModelConfig(
+    vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    initializer_range=0.3,
+)  # fmt: skip
+PROMPTS = [[1, 5, 9], [1], [1, 40, 41, 42, 43, 44, 45], [1, 7, 7], [1, 60, 3, 2]]
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    model = Transformer(CONFIG)
+    initialize(model, CONFIG, seed=3)
+    return model.eval()
+
+
+def test_greedy_equals_transformers(model: Transformer) -> None:
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+        )
+    ).eval()  # fmt: skip
+    reference.load_state_dict(model.state_dict())
+    greedy = Sampling(temperature=0, max_new_tokens=20, stop_ids=(2,))
+    together = Engine(model).generate(PROMPTS, greedy)
+    for prompt, completion in zip(PROMPTS, together, strict=True):
+        (alone,) = Engine(model).generate([prompt], greedy)
+        expected = reference.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=2,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert completion.tokens == alone.tokens == expected
+        assert completion.finish_reason == ("stop" if expected[-1] == 2 else "length")
+
+
+def test_logprobs_equal_the_trainers(model: Transformer) -> None:
+    completions = Engine(model).generate(PROMPTS, Sampling(max_new_tokens=25, seed=4))
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        tokens = torch.tensor([prompt + completion.tokens])
+        targets = tokens[:, 1:].clone()
+        targets[:, : len(prompt) - 1] = -100
+        scores = model(tokens[:, :-1], targets_BT=targets)
+        found = torch.tensor(completion.logprobs)
+        torch.testing.assert_close(found, scores.logprobs_N.detach(), atol=1e-4, rtol=0)
+
+
+def test_draws_depend_on_the_seed_alone(model: Transformer) -> None:
+    sampling = Sampling(max_new_tokens=15)
+    seeds = [11, 12, 13, 14, 15]
+    together = Engine(model).generate(PROMPTS, sampling, seeds)
+    small = Engine(model, max_batch_size=2).generate(PROMPTS[::-1], sampling, seeds[::-1])
+    assert [c.tokens for c in together] == [c.tokens for c in small[::-1]]
+    other = Engine(model).generate(PROMPTS, sampling, [seed + 100 for seed in seeds])
+    assert [c.tokens for c in together] != [c.tokens for c in other]
+
+
+def test_frequencies_follow_the_model(model: Transformer) -> None:
+    """Chi-square of the first token over a whole vocabulary; 0.999 quantile of 60 degrees: 99.6."""
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
+    count = 20_000
+    sampling = Sampling(max_new_tokens=1)
+    found = Engine(model, 1000).generate([PROMPTS[0]] * count, sampling)
+    counts = torch.bincount(torch.tensor([c.tokens[0] for c in found]), minlength=61)
+    statistic = ((counts - count * expected).square() / (count * expected)).sum()
+    assert statistic < 99.6
+
+
+def test_truncation_keeps_the_likeliest() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log().expand(1000, 4)
+    uniforms = torch.linspace(0, 0.999, 1000)
+    assert set(draw(logits, Sampling(top_k=2), uniforms).tolist()) == {1, 2}
+    assert set(draw(logits, Sampling(top_p=0.5), uniforms).tolist()) == {1}
+    assert set(draw(logits, Sampling(top_p=0.6), uniforms).tolist()) == {1, 2}
+    cold = draw(logits, Sampling(temperature=0.25), uniforms)
+    weights = torch.tensor([0.1, 0.5, 0.3, 0.1]) ** 4
+    expected = weights / weights.sum()
+    shares = torch.bincount(cold, minlength=4) / 1000
+    torch.testing.assert_close(shares, expected, atol=2e-3, rtol=0)
+
+
+def test_length_limits(model: Transformer) -> None:
+    endless = Sampling(max_new_tokens=500, stop_ids=())
+    completions = Engine(model).generate(PROMPTS, endless)
+    assert [len(p) + len(c.tokens) for p, c in zip(PROMPTS, completions, strict=True)] == [64] * 5
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "Prompt 1 is empty"),
+        ([[1, 61]], "outside the vocabulary of 61"),
+        ([[1] * 64], "64 tokens, which leaves no room for an answer in the context of 64"),
+    ],
+)
+def test_bad_prompts(model: Transformer, prompts: list[list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(model).generate(prompts)
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+)
+def test_bad_sampling(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        Sampling(**options)  # type: ignore[arg-type]
