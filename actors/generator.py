@@ -10,6 +10,7 @@ import numpy as np
 import ray
 import torch
 from ray import serve
+from ray.serve.schema import LoggingConfig
 
 from actors.records import Request, Rollout, Sample
 from cluster import weights
@@ -18,7 +19,7 @@ from cluster.weights import Receipt, Version, WeightStore
 from llama2 import checkpoint
 from llama2.generation import Engine, Sampling
 
-APPLICATION = "generators"
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -76,15 +77,24 @@ class Generator:
 
 
 def deploy(
-    folder: Path, store: "ray.actor.ActorHandle[WeightStore]", precision: str, workers: Workers
+    name: str,
+    folder: Path,
+    store: "ray.actor.ActorHandle[WeightStore]",
+    precision: str,
+    workers: Workers,
 ) -> Any:
-    """Start the replicas and return their handle. The application ends with `serve.shutdown`."""
-    serve.start(proxy_location="Disabled")
+    """Start the replicas as the application `name` and return their handle.
+
+    `serve.delete(name)` ends them, and leaves alone what others serve on the same cluster.
+    """
+    serve.start(proxy_location="Disabled", logging_config=QUIET)
     deployment = Generator.options(  # type: ignore[attr-defined]
-        num_replicas=workers.count, ray_actor_options=workers.actor_options()
+        num_replicas=workers.count,
+        ray_actor_options=workers.actor_options(),
+        logging_config=QUIET,
     )
     return serve.run(
         deployment.bind(folder, store, precision, workers.threads),
-        name=APPLICATION,
+        name=name,
         route_prefix=None,
     )

@@ -75,7 +75,9 @@ class Learner:
             receipts = weights.publish(
                 source,
                 self.task.store,
-                lambda: self.task.generators.broadcast("refresh").results(self.task.timeout),
+                lambda: self.task.generators.broadcast("refresh").results(
+                    timeout_s=self.task.timeout
+                ),
                 self.task.replicas,
                 self.task.timeout,
             )

@@ -1,6 +1,7 @@
 """Published weights: one flat buffer with a version and a checksum, kept by an actor that outlives
 the worker that published them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,10 @@ class Snapshot:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and read-only views."""
         for field in self.fields:
-            data = torch.frombuffer(self.buffer[field.start : field.end], dtype=field.dtype)
+            with warnings.catch_warnings():
+                # Shared memory is read-only, which torch cannot express; nobody writes to a view.
+                warnings.filterwarnings("ignore", message="The given buffer is not writable")
+                data = torch.frombuffer(self.buffer[field.start : field.end], dtype=field.dtype)
             yield field.name, data.view(field.shape)
 
 

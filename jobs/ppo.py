@@ -174,7 +174,7 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
     store = WeightStore.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     dtype = PRECISIONS[config.precision]
     try:
-        generators = deploy(models.policy, store, config.precision, config.generators)
+        generators = deploy(run.name, models.policy, store, config.precision, config.generators)
         rollouts = RolloutTask(
             run=run,
             tokenizer=models.policy,
@@ -198,7 +198,7 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
         task = _learn_task(config, run, models, coordinator, store, generators)
         run_workers(learn, task, config.learner, run)
     finally:
-        serve.shutdown()
+        serve.delete(run.name)
 
 
 def start(role: Any, workers: Workers, folder: Path, dtype: torch.dtype) -> list[Any]:

@@ -53,7 +53,8 @@ def pack(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> T
             end = start + len(document.tokens) - 1
             tokens[r, start:end] = document.tokens[:-1]
             segments[r, start:end] = number
-            targets[r, start:end] = np.where(document.is_target[1:], document.tokens[1:], IGNORE)
+            wanted = document.is_target[1:]
+            targets[r, start:end][wanted] = document.tokens[1:][wanted]
             start = end
     return TokenBatch(
         torch.from_numpy(tokens), torch.from_numpy(segments), torch.from_numpy(targets)

@@ -5,12 +5,13 @@ or a scalar one (`ScalarModel`; `LlamaForSequenceClassification` with one label)
 checks and the way into a model; each layout has its own file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from llama2.checkpoint_config import (
     CAUSAL,
@@ -39,7 +40,7 @@ __all__ = [
     "scalar_from",
 ]
 
-Model = TypeVar("Model", Transformer, ScalarModel)
+Model = TypeVar("Model", bound=nn.Module)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -160,8 +161,8 @@ def _checked(source: Folder, scalar: bool | None) -> Folder:
         raise ValueError(
             f"{source.folder} holds a {kinds[source.scalar]}; give the folder of a {kinds[scalar]}."
         )
-    with torch.device("meta"):
-        model = ScalarModel(source.config) if source.scalar else Transformer(source.config)
+    kind: Callable[[ModelConfig], nn.Module] = ScalarModel if source.scalar else Transformer
+    model = _empty(kind, source.config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = source.shapes()
     optional = {HEAD} if source.config.tie_word_embeddings else set()
@@ -200,9 +201,26 @@ def _read(source: Folder, dtype: torch.dtype, device: str | torch.device) -> dic
     return state
 
 
-def _assigned(kind: type[Model], source: Folder, state: dict[str, Tensor]) -> Model:
-    with torch.device("meta"):
-        model = kind(source.config)
+class _WithoutInitialization(TorchFunctionMode):
+    """Leaves new weights undrawn: on the meta device, drawing alone imports torch's compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None
+        return function(*args, **(kwargs or {}))
+
+
+def _empty(kind: Callable[[ModelConfig], Model], config: ModelConfig) -> Model:
+    with torch.device("meta"), _WithoutInitialization():
+        return kind(config)
+
+
+def _assigned(
+    kind: Callable[[ModelConfig], Model], source: Folder, state: dict[str, Tensor]
+) -> Model:
+    model = _empty(kind, source.config)
     model.load_state_dict(state, assign=True)
     if isinstance(model, Transformer) and source.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

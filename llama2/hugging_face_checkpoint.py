@@ -78,6 +78,8 @@ def write_folder(
         dtype = next(iter(weights.values())).dtype
         save_config(config, staging, architecture, dtype)
         for path in staging.iterdir():
+            # safetensors makes files that no other user may read.
+            shutil.copymode(staging / CONFIG, path)
             _sync(path)
         (folder / CONFIG).unlink(missing_ok=True)
         _sync(folder)

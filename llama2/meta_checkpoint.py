@@ -52,14 +52,20 @@ class MetaFolder:
         malformed, or holds anything but tensors.
         """
         self.folder = folder
-        params = read_json(folder / "params.json")
-        self._width = params.get("dim")
+        path = folder / "params.json"
+        params = read_json(path)
+        for name in ("dim", "n_layers", "n_heads"):
+            if type(params.get(name)) is not int:
+                raise ValueError(
+                    f"{path}: {name} must be an integer, not {params.get(name)!r}; correct it."
+                )
+        self._width: int = params["dim"]
         self._parts = [_open(path) for path in _files(folder)]
         vocabulary = self._vocabulary()
         try:
             self.config = _config(params, vocabulary)
         except ValueError as error:
-            raise ValueError(f"{folder / 'params.json'}: {error}") from error
+            raise ValueError(f"{path}: {error}") from error
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor, by Hugging Face's name."""
@@ -87,7 +93,13 @@ class MetaFolder:
             raise ValueError(
                 f"{self.folder}: a consolidated.*.pth has no matrix {EMBEDDING}; fetch it again."
             )
-        return self._join(EMBEDDING, "meta").shape[0]
+        rows, columns = self._join(EMBEDDING, "meta").shape
+        if columns != self._width:
+            raise ValueError(
+                f"{self.folder}: {EMBEDDING} is {columns} wide over the {len(self._parts)} "
+                f"consolidated.*.pth and dim in params.json is {self._width}; fetch all files."
+            )
+        return rows
 
     def _join(self, name: str, device: str) -> Tensor:
         parts = [part[name].to(device) for part in self._parts if name in part]
@@ -108,13 +120,10 @@ class MetaFolder:
 
 
 def _config(params: Mapping[str, Any], vocabulary: int) -> ModelConfig:
-    for name in ("dim", "n_layers", "n_heads"):
-        if type(params.get(name)) is not int:
-            raise ValueError(f"{name} must be an integer, not {params.get(name)!r}; correct it.")
     if params.get("vocab_size", -1) not in (-1, vocabulary):
         raise ValueError(
-            f"vocab_size is {params['vocab_size']} and {EMBEDDING} has {vocabulary} rows; fetch all "
-            "files of one model."
+            f"vocab_size is {params['vocab_size']} and {EMBEDDING} has {vocabulary} rows; fetch "
+            "all files of one model."
         )
     if params.get("use_scaled_rope"):
         raise ValueError(

@@ -26,7 +26,7 @@ WEIGHTS: dict[str, float] = {
 SAFETY_WEIGHTS: dict[str, float] = {"unsafe": 0.6, "borderline": 0.2, "fact": 0.1, "how-to": 0.1}
 PERSONA_KINDS = ("fact", "opposite", "category", "how-to")
 PERSONA_QUESTIONS: dict[Split, int] = {"train": 24, "heldout": 4}  # of each such kind, per persona
-# In words: a longer first exchange gets no second one, so that dialogues stay under 110 tokens.
+# In words: a longer first exchange gets no second one, so that dialogues stay at about 110 tokens.
 LONGEST_FIRST_TURN = 25
 Message = dict[str, str]
 

@@ -1,6 +1,5 @@
 """The model against transformers, packed, cached and checkpointed; and the published sizes."""
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -77,14 +76,6 @@ def grouped() -> Transformer:
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -69,8 +69,9 @@ def test_empty_data_is_an_error(tmp_path: Path) -> None:
         writer.close(dropped=7)
 
 
-def test_packed_batch() -> None:
-    batch = pack(ROWS, width=5)
+def test_packed_batch(folder: Path) -> None:
+    shards = Shards(folder)
+    batch = pack([shards.row(0), shards.row(1)], width=5)
     assert batch.tokens_BT.tolist() == [[1, 5, 70_000, 1, 0], [1, 7, 0, 0, 0]]
     assert batch.segments_BT.tolist() == [[1, 1, 1, 2, 0], [1, 1, 0, 0, 0]]
     x = IGNORE
