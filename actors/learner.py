@@ -125,7 +125,7 @@ class Learner:
 
     def update(self, minibatches: list[list[ExperienceBatch]], share: Share) -> dict[str, float]:
         """One gradient step of policy and value per minibatch (collective)."""
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "entropy": 0.0, "clipped": 0.0, "kl": 0.0}
+        sums = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0, "kl": 0.0}
         norms: dict[str, float] = {}
         for batches, layout in zip(minibatches, share.minibatches, strict=True):
             for batch in batches:
@@ -135,7 +135,6 @@ class Learner:
                 self.value.engine.backward(value_part)
                 sums["policy_loss"] += float(part.loss.detach()) / len(minibatches)
                 sums["value_loss"] += float(value_part.detach()) / len(minibatches)
-                sums["entropy"] += part.entropy
                 sums["clipped"] += part.clipped
                 sums["kl"] += part.approximate_kl
             steps = {"policy": self.policy.engine.step(), "value": self.value.engine.step()}
@@ -176,7 +175,7 @@ def whiten_advantages(minibatches: list[list[ExperienceBatch]]) -> list[list[Exp
 
 def measure(minibatches: list[list[ExperienceBatch]]) -> dict[str, float]:
     """Means over the global batch of what was sampled, before any update (collective)."""
-    sums = torch.zeros(7, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     for batch in (batch for minibatch in minibatches for batch in minibatch):
         mask = batch.mask_BT
         residual, returns = (batch.returns_BT - batch.values_BT)[mask], batch.returns_BT[mask]
@@ -186,12 +185,15 @@ def measure(minibatches: list[list[ExperienceBatch]]) -> dict[str, float]:
             (
                 mask.sum(), torch.tensor(len(mask)).to(divergence), divergence, disagreement,
                 residual.square().sum(), returns.sum(), returns.square().sum(),
+                -batch.old_logprobs_BT[mask].sum(),
             )
         ).double().cpu()  # fmt: skip
-    tokens, samples, kl, difference, residuals, total, squares = training.all_reduce(sums).tolist()
+    totals = training.all_reduce(sums).tolist()
+    tokens, samples, kl, difference, residuals, total, squares, surprise = totals
     variance = squares - total**2 / tokens
     return {
         "ppo/kl_from_initial": kl / samples,
+        "ppo/entropy": surprise / tokens,  # estimated: the mean surprise at one's own samples
         "rollout/logprob_difference": difference / tokens,
         "value/explained_variance": 1 - residuals / variance if variance > 0 else 0.0,
         "value/mean_return": total / tokens,
@@ -205,7 +207,6 @@ def _means(sums: dict[str, float], minibatches: Sequence[MiniBatch]) -> dict[str
     return {
         "loss": found["policy_loss"],
         "value/loss": found["value_loss"],
-        "ppo/entropy": found["entropy"] / tokens,
         "ppo/clip_fraction": found["clipped"] / tokens,
         "ppo/approximate_kl": found["kl"] / tokens,
     }
@@ -245,6 +246,8 @@ def learn(task: LearnTask) -> None:
 
 def _learner(task: LearnTask) -> Learner:
     policy, critic = checkpoint.load(task.policy), checkpoint.load_scalar(task.critic)
+    # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
+    torch.nn.init.zeros_(critic.score.weight)
     for module in (policy, critic):
         module.model.activation_checkpointing = task.activation_checkpointing
     learner = Learner(

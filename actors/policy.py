@@ -16,7 +16,6 @@ class PolicyLoss:
     """The loss of a micro-batch and sums over its tokens, for the log."""
 
     loss: Tensor
-    entropy: float
     clipped: float
     approximate_kl: float
 
@@ -31,21 +30,25 @@ class Policy:
     @torch.no_grad()
     def logprobs(self, batch: ExperienceBatch) -> Tensor:
         """Log-probability of each answer token, [B, T], 0 elsewhere."""
-        scores = self.engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
-        return batch.spread(scores.logprobs_N)
+        return batch.spread(self._logprobs(batch))
+
+    def _logprobs(self, batch: ExperienceBatch) -> Tensor:
+        logprobs_N: Tensor = self.engine(
+            batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT
+        )
+        return logprobs_N
 
     def loss(self, batch: ExperienceBatch, total: int) -> PolicyLoss:
         """This micro-batch's part of the loss of a minibatch with `total` answer tokens."""
-        scores = self.engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
+        logprobs_N = self._logprobs(batch)
         old_N, advantages_N = (
             batch.old_logprobs_BT[batch.mask_BT],
             batch.advantages_BT[batch.mask_BT],
         )
-        loss = policy_loss(scores.logprobs_N, old_N, advantages_N, self.clip_range, total)
-        change_N = scores.logprobs_N.detach() - old_N
+        loss = policy_loss(logprobs_N, old_N, advantages_N, self.clip_range, total)
+        change_N = logprobs_N.detach() - old_N
         return PolicyLoss(
             loss=loss,
-            entropy=float(scores.entropies_N.sum()),
             clipped=float(((change_N.exp() - 1).abs() > self.clip_range).sum()),
             approximate_kl=float((torch.expm1(change_N) - change_N).sum()),
         )

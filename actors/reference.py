@@ -36,9 +36,11 @@ class Reference:
                 for i in rows
             ]
             batch = pack([[sequence] for sequence in sequences]).to(self._device)
-            scores = self._model(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
+            logprobs_N = self._model(
+                batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT
+            )
             lengths = [len(samples[i].response) for i in rows]
-            parts = scores.logprobs_N.cpu().split(lengths)
+            parts = logprobs_N.cpu().split(lengths)
             found.update({i: part.numpy() for i, part in zip(rows, parts, strict=True)})
         ids = tuple(sample.id for sample in samples)
         return ReferenceLogprobs(ids, tuple(found[i] for i in range(len(samples))))

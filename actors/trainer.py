@@ -90,8 +90,8 @@ class LanguageModelling:
 
     def loss(self, engine: Engine, rows: Sequence[int], total: int) -> Tensor:
         batch = pack([self.shards.row(i) for i in rows]).to(engine.device)
-        scores = engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
-        return next_token_loss(scores.logprobs_N, total)
+        logprobs_N = engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
+        return next_token_loss(logprobs_N, total)
 
     def measure(self, engine: Engine, rows: Sequence[int]) -> dict[str, float]:
         return {

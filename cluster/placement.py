@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+import torch
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Workers:
     def actor_options(self) -> dict[str, Any]:
         """Options for a Ray actor or a Serve replica of this role."""
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+
+def fast_bfloat16() -> bool:
+    """Whether this machine multiplies bfloat16 matrices in hardware; elsewhere it is no gain."""
+    found = torch.cpu.get_capabilities()
+    return torch.cuda.is_available() or bool(found.get("avx512_bf16") or found.get("amx_bf16"))
 
 
 def check_capacity(roles: Mapping[str, Workers]) -> None:

@@ -74,7 +74,7 @@ class PrepareConfig(JobConfig):
     """Pretraining documents from the world."""
     world_dialogues: int = 8_000
     """Demonstrations from the world."""
-    world_comparisons: int = 6_000
+    world_comparisons: int = 12_000
     """Comparisons from the world, for each of the two reward models."""
     world_prompts: int = 20_000
     """Training prompts from the world."""

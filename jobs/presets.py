@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.engine import EngineConfig
-from cluster.placement import Workers
+from cluster.placement import Workers, fast_bfloat16
 from jobs.configs import PPOConfig, PrepareConfig, PretrainConfig, RewardModelConfig, SftConfig
 from llama2.config import SIZES
 from llama2.ppo import PPOSettings
@@ -28,9 +28,13 @@ class Preset:
 
 
 def tiny() -> Preset:
-    """A million parameters, the synthetic world, two workers that share two cores."""
+    """A million parameters, the synthetic world, two workers that share two cores.
+
+    In bfloat16 where this machine is fast at it, which halves the time.
+    """
     model = SIZES["tiny"]
-    engine = EngineConfig(zero_stage=1)
+    precision: Literal["float32", "bfloat16"] = "bfloat16" if fast_bfloat16() else "float32"
+    engine = EngineConfig(zero_stage=1, precision=precision)
     pair = Workers(count=2, cpus=0.5)
     small = Workers(cpus=0.1)
     reward = RewardModelConfig(
@@ -56,10 +60,10 @@ def tiny() -> Preset:
         safety=replace(reward, kind="safety"),
         ppo=PPOConfig(
             iterations=40, batch_size=128, minibatch_size=32, micro_batch_size=16,
-            max_new_tokens=48, lr=3e-4, value_lr=1e-3, heldout_prompts=512,
-            ppo=PPOSettings(kl_coefficient=0.02), engine=engine, learner=pair,
+            max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=512,
+            ppo=PPOSettings(kl_coefficient=0.05), engine=engine, learner=pair,
             generators=Workers(count=2, cpus=0.2), reference=small, rewards=small,
-            precision="float32", eval_every=10, save_every=10, timeout=300,
+            precision=precision, eval_every=10, save_every=10, timeout=300,
         ),
     )  # fmt: skip
 

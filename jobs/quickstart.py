@@ -4,6 +4,7 @@ make ppo
 """
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -11,10 +12,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.run_directory import RunDirectory
-from cluster.session import ClusterConfig, session
+from cluster.session import WORKER_ENVIRONMENT, ClusterConfig, session
 from jobs import cli, results
 from jobs.configs import JobConfig
 from jobs.stages import COMMANDS, STAGES
@@ -49,6 +51,7 @@ def main(config: QuickstartConfig) -> None:
 
 def submit(client: JobSubmissionClient, config: QuickstartConfig, stage: str) -> None:
     """Submit one stage and show its log until it ends. Raises `ValueError` where it failed."""
+    logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
     started = time.monotonic()
     command = [
         sys.executable, *COMMANDS[stage], "--preset", config.preset, "--seed", str(config.seed),
@@ -56,7 +59,12 @@ def submit(client: JobSubmissionClient, config: QuickstartConfig, stage: str) ->
     ]  # fmt: skip
     job = client.submit_job(
         entrypoint=shlex.join(command),
-        runtime_env={"working_dir": str(ROOT), "excludes": LEFT_OUT},
+        # Told here, since Ray takes an environment from the submission or from the job, not both.
+        runtime_env={
+            "working_dir": str(ROOT),
+            "excludes": LEFT_OUT,
+            "env_vars": WORKER_ENVIRONMENT,
+        },
         metadata={"stage": stage},
     )
     print(f"\n── {stage}: job {job}", flush=True)

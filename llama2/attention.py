@@ -5,12 +5,28 @@ K head width. A token belongs to a segment (a document); 0 marks padding. No tok
 segment.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.config import ModelConfig
+from llama2.documents import Documents
 from llama2.rope import rotate
+
+
+class Layout(NamedTuple):
+    """Where tokens stand and what they see, the same for every layer.
+
+    cos, sin: rotary angles, [B, T, 1, K]. documents: of a packed batch. mask: [B, 1, T, S], with a
+    cache. With neither, every row is one document.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    documents: Documents | None
+    mask: Tensor | None
 
 
 class KeyValueCache:
@@ -73,14 +89,29 @@ def attention_mask(segments_BT: Tensor, segments_BS: Tensor) -> Tensor:
     return ((segments_BT[:, :, None] == segments_BS[:, None, :]) & causal)[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention, [B, H, T, K]. Without a mask: plain causal attention."""
     heads, groups = query.shape[1], key.shape[1]
     if query.shape[2] == 1 and mask is not None:
         return _attend_one(query, key, value, mask)
     if groups != heads:
         key, value = (t.repeat_interleave(heads // groups, dim=1) for t in (key, value))
+    if mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        return attend_by_products(query, key, value)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+
+
+def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Causal attention of equally many heads as two products, [B, H, T, K].
+
+    In bfloat16 on a CPU the fused kernel's backward pass takes three to eight times as long; the
+    scores cost memory, but documents are short.
+    """
+    batch, heads, tokens, width = query.shape
+    query, key, value = (x.reshape(-1, tokens, width) for x in (query, key, value))
+    future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype).triu(1)
+    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=width**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, tokens, width)
 
 
 def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -109,22 +140,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, cache: KeyValueCache | None) -> Tensor:
         batch, tokens, _ = x_BTD.shape
 
         def heads(x: Tensor) -> Tensor:
-            return x.view(batch, tokens, -1, self.width).transpose(1, 2)
+            return x.view(batch, tokens, -1, self.width)
 
-        query = rotate(heads(self.q_proj(x_BTD)), *rotation)
-        key = rotate(heads(self.k_proj(x_BTD)), *rotation)
-        value = heads(self.v_proj(x_BTD))
-        if cache is not None:
-            key, value = cache.append(self.layer, key, value)
-        mixed = attend(query, key, value, mask)
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, tokens, -1))
+        query_BTHK = rotate(heads(self.q_proj(x_BTD)), layout.cos, layout.sin)
+        key_BTGK = rotate(heads(self.k_proj(x_BTD)), layout.cos, layout.sin)
+        value_BTGK = heads(self.v_proj(x_BTD))
+        if layout.documents is not None:
+            split = layout.documents.split
+            groups = zip(split(query_BTHK), split(key_BTGK), split(value_BTGK), strict=True)
+            mixed_BTHK = layout.documents.join([attend(*group) for group in groups], batch)
+        else:
+            query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTGK, value_BTGK))
+            if cache is not None:
+                key, value = cache.append(self.layer, key, value)
+            mixed_BTHK = attend(query, key, value, layout.mask).transpose(1, 2)
+        return self.o_proj(mixed_BTHK.reshape(batch, tokens, -1))

@@ -17,21 +17,15 @@ CHUNK_LOGITS = 1 << 22  # logits held at a time: 16 MiB in float32
 
 class _SelectedLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        logprobs, entropies, normalizers = [], [], []
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+        logprobs, normalizers = [], []
         for rows in _chunks(len(hidden_ND), len(weight_VD)):
             logits = (hidden_ND[rows] @ weight_VD.T).float()
             normalizer = logits.logsumexp(dim=-1)
             logprobs.append(logits.gather(1, targets_N[rows, None])[:, 0] - normalizer)
-            expected = (torch.exp(logits - normalizer[:, None]) * logits).sum(dim=-1)
-            entropies.append(normalizer - expected)
             normalizers.append(normalizer)
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, torch.cat(normalizers))
-        entropies_N = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropies_N)
-        return torch.cat(logprobs), entropies_N
+        return torch.cat(logprobs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -54,16 +48,14 @@ def _chunks(tokens: int, vocabulary: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, max(tokens, 1), size)]
 
 
-def selected_log_probs(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target under softmax(hidden @ weight.T), and that softmax's entropy.
+def selected_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Log-probability of each target under softmax(hidden @ weight.T): [N], float32, in nats.
 
-    Both [N], float32, in nats. Only the log-probability carries a gradient. Logits exist for one
-    chunk of tokens at a time, in the forward pass and, computed again, in the backward pass.
+    Logits exist for one chunk of tokens at a time, in the forward pass and, computed again, in the
+    backward pass.
     """
-    logprobs, entropies = _SelectedLogProbs.apply(hidden_ND, weight_VD, targets_N)
-    return logprobs, entropies
+    logprobs_N: Tensor = _SelectedLogProbs.apply(hidden_ND, weight_VD, targets_N)
+    return logprobs_N
 
 
 def next_token_loss(logprobs_N: Tensor, total: float) -> Tensor:

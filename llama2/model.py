@@ -4,24 +4,24 @@ Parameter names are those of Hugging Face's Llama, so that a checkpoint needs no
 Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that carry a target.
 """
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama2.attention import Attention, KeyValueCache, attention_mask, positions_in_segments
+from llama2.attention import (
+    Attention,
+    KeyValueCache,
+    Layout,
+    attention_mask,
+    positions_in_segments,
+)
 from llama2.config import ModelConfig
+from llama2.documents import Documents
 from llama2.losses import IGNORE, selected_log_probs
 from llama2.rope import inverse_frequencies, rotation
-
-
-class TokenScores(NamedTuple):
-    """Log-probability of each given target, and the entropy of its prediction, in row order."""
-
-    logprobs_N: Tensor
-    entropies_N: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -61,14 +61,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotation, mask, cache)
+    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -90,45 +84,46 @@ class Trunk(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         hidden = self.embed_tokens(tokens_BT)
-        positions, mask = _layout(tokens_BT, segments_BT, cache)
-        # No buffer: an engine that casts the module to bf16 must not round the frequencies.
-        frequencies = inverse_frequencies(self.config).to(hidden.device)
-        angles = rotation(positions, frequencies, hidden.dtype)
+        layout = self._layout(tokens_BT, segments_BT, cache, hidden.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, angles, mask, cache, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, layout, cache, use_reentrant=False)
             else:
-                hidden = layer(hidden, angles, mask, cache)
+                hidden = layer(hidden, layout, cache)
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return cast(Tensor, self.norm(hidden))
 
-
-def _layout(
-    tokens_BT: Tensor, segments_BT: Tensor | None, cache: KeyValueCache | None
-) -> tuple[Tensor, Tensor | None]:
-    """Positions [B, T] and the attention mask, None where plain causal attention is meant."""
-    if cache is None:
-        if segments_BT is None:
-            return torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None], None
-        return positions_in_segments(segments_BT), attention_mask(segments_BT, segments_BT)
-    if segments_BT is None:
-        segments_BT = torch.ones_like(tokens_BT)
-    all_segments = cache.advance(segments_BT)
-    positions = positions_in_segments(all_segments)[:, -tokens_BT.shape[1] :]
-    return positions, attention_mask(segments_BT, all_segments)
+    def _layout(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None,
+        cache: KeyValueCache | None,
+        dtype: torch.dtype,
+    ) -> Layout:
+        documents = mask = None
+        if cache is not None:
+            new = torch.ones_like(tokens_BT) if segments_BT is None else segments_BT
+            every = cache.advance(new)
+            positions = positions_in_segments(every)[:, -tokens_BT.shape[1] :]
+            mask = attention_mask(new, every)
+        elif segments_BT is not None:
+            positions, documents = positions_in_segments(segments_BT), Documents(segments_BT)
+        else:
+            positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+        # No buffer: an engine that casts the module to bf16 must not round the frequencies.
+        frequencies = inverse_frequencies(self.config).to(tokens_BT.device)
+        return Layout(*rotation(positions, frequencies, dtype), documents, mask)
 
 
 class Unembedding(nn.Linear):
     """The language-model head. Given targets, it holds logits of one chunk of tokens at a time."""
 
-    def forward(  # type: ignore[override]
-        self, hidden_BTD: Tensor, targets_BT: Tensor | None = None
-    ) -> Tensor | TokenScores:
+    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         if targets_BT is None:
             return F.linear(hidden_BTD, self.weight)
         wanted = targets_BT != IGNORE
-        return TokenScores(*selected_log_probs(hidden_BTD[wanted], self.weight, targets_BT[wanted]))
+        return selected_log_probs(hidden_BTD[wanted], self.weight, targets_BT[wanted])
 
 
 class Transformer(nn.Module):
@@ -148,14 +143,14 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         cache: KeyValueCache | None = None,
         targets_BT: Tensor | None = None,
-    ) -> Tensor | TokenScores:
-        """Logits [B, T, V]; with `targets_BT`, `TokenScores` where the target is not `IGNORE`.
+    ) -> Tensor:
+        """Logits [B, T, V]; with `targets_BT`, log-probabilities [N] instead.
 
         tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one
         document a row. cache: keys and values of earlier tokens, extended in place.
         """
         return cast(
-            "Tensor | TokenScores",
+            Tensor,
             self.lm_head(self.model(tokens_BT, segments_BT, cache), targets_BT),
         )
 

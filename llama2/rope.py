@@ -31,13 +31,13 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def rotation(
     positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, T, K] that turn queries and keys to their positions."""
-    angles = positions_BT[:, None, :, None].float() * frequencies
+    """Cosines and sines [B, T, 1, K] that turn queries and keys to their positions."""
+    angles = positions_BT[:, :, None, None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x_BHTK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K/2]) by its angle (RoFormer, equation 34)."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return x_BHTK * cos + torch.cat((-second, first), dim=-1) * sin
+    first, second = x_BTHK.chunk(2, dim=-1)
+    return x_BTHK * cos + torch.cat((-second, first), dim=-1) * sin

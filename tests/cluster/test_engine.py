@@ -1,4 +1,4 @@
-"""DeepSpeed against a plain torch loop: any ZeRO stage, number of ranks and split gives its losses."""
+"""DeepSpeed against a plain torch loop: any ZeRO stage, ranks and split give the same losses."""
 
 import os
 import socket

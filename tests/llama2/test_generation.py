@@ -51,9 +51,9 @@ def test_logprobs_equal_the_trainers(model: Transformer) -> None:
         tokens = torch.tensor([prompt + completion.tokens])
         targets = tokens[:, 1:].clone()
         targets[:, : len(prompt) - 1] = -100
-        scores = model(tokens[:, :-1], targets_BT=targets)
+        logprobs = model(tokens[:, :-1], targets_BT=targets)
         found = torch.tensor(completion.logprobs)
-        torch.testing.assert_close(found, scores.logprobs_N.detach(), atol=1e-4, rtol=0)
+        torch.testing.assert_close(found, logprobs.detach(), atol=1e-4, rtol=0)
 
 
 def test_draws_depend_on_the_seed_alone(model: Transformer) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from llama2 import losses
-from llama2.attention import KeyValueCache
+from llama2.attention import KeyValueCache, attend_by_products
 from llama2.checkpoint import config_from_hf
 from llama2.config import SIZES, ModelConfig, RopeScaling
 from llama2.losses import IGNORE, selected_log_probs
-from llama2.model import ScalarModel, TokenScores, Transformer, initialize
+from llama2.model import ScalarModel, Transformer, initialize
 from llama2.rope import inverse_frequencies
 
 SMALL: dict[str, Any] = {
@@ -167,8 +167,8 @@ def test_activation_checkpointing_leaves_gradients_as_they_are() -> None:
 
     def gradients() -> list[Tensor]:
         model.zero_grad()
-        scores = model(tokens, segments, targets_BT=tokens.roll(-1, dims=1))
-        (-scores.logprobs_N.mean()).backward()
+        logprobs = model(tokens, segments, targets_BT=tokens.roll(-1, dims=1))
+        (-logprobs.mean()).backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     plain = gradients()
@@ -218,35 +218,38 @@ def test_selected_log_probs_are_those_of_cross_entropy(
     logits = hidden @ weight.T
     plain = -F.cross_entropy(logits, targets, reduction="none")
     expected = torch.autograd.grad(plain, (hidden, weight), upstream)
-    logprobs, entropies = selected_log_probs(hidden, weight, targets)
+    logprobs = selected_log_probs(hidden, weight, targets)
     found = torch.autograd.grad(logprobs, (hidden, weight), upstream)
 
     torch.testing.assert_close(logprobs, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    categorical = torch.distributions.Categorical(logits=logits)
-    torch.testing.assert_close(entropies, categorical.entropy(), atol=1e-5, rtol=1e-5)
-    assert not entropies.requires_grad
 
 
 def test_selected_log_probs_of_no_token() -> None:
     """A micro-batch may hold no target; its gradient is then zero, not an error."""
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(7, 4, requires_grad=True)
-    logprobs, entropies = selected_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long))
+    logprobs = selected_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long))
     logprobs.sum().backward()
-    assert logprobs.shape == entropies.shape == (0,)
+    assert logprobs.shape == (0,)
     assert weight.grad is not None and not weight.grad.any()
 
 
-def test_token_scores_are_those_of_the_logits() -> None:
+def test_log_probabilities_are_those_of_the_logits() -> None:
     model = grouped()
     tokens = draw(2, 10)
     targets = tokens.roll(-1, dims=1)
     targets[:, -1] = targets[0, 3:6] = IGNORE
-    scores = model(tokens, targets_BT=targets)
-    assert isinstance(scores, TokenScores)
+    logprobs = model(tokens, targets_BT=targets)
     loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-    torch.testing.assert_close(-scores.logprobs_N.mean(), loss)
-    assert len(scores.logprobs_N) == 15
+    torch.testing.assert_close(-logprobs.mean(), loss)
+    assert len(logprobs) == 15
+
+
+def test_attention_by_products_is_the_fused_kernels() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind()
+    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(attend_by_products(query, key, value), expected)
 
 
 @torch.no_grad()

@@ -1,0 +1,193 @@
+"""All stages on a real local Ray cluster, as small as can be: Data, Train, Serve, DeepSpeed."""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from ray import serve
+
+from actors.coordinator import read_evaluation
+from actors.generator import deploy
+from actors.records import Request
+from cluster import weights
+from cluster.placement import Workers
+from cluster.run_directory import RunDirectory, read_json_lines
+from cluster.session import ClusterConfig, session
+from cluster.weights import PublishError, WeightStore
+from jobs import ppo, prepare, pretrain, reward_model, sft
+from jobs.presets import Preset, tiny
+from llama2 import checkpoint
+from llama2.generation import Sampling
+
+ITERATIONS = 3
+
+
+def small(runs: Path) -> Preset:
+    """The tiny preset with less of everything."""
+    preset = tiny()
+    brief: dict[str, Any] = {"runs": runs, "steps": 4, "eval_every": 0, "eval_rows": 16}
+    return Preset(
+        prepare=replace(
+            preset.prepare, runs=runs, world_documents=600, world_dialogues=400,
+            world_comparisons=300, world_prompts=200, world_heldout_prompts=24,
+        ),
+        pretrain=replace(preset.pretrain, **brief),
+        sft=replace(preset.sft, **brief),
+        helpfulness=replace(preset.helpfulness, **brief),
+        safety=replace(preset.safety, **brief),
+        ppo=replace(
+            preset.ppo, runs=runs, iterations=ITERATIONS, batch_size=16, minibatch_size=8,
+            micro_batch_size=2, max_new_tokens=12, eval_every=2, save_every=2,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with session(ClusterConfig(local_cpus=2)):
+        yield tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def chain(runs: Path) -> Preset:
+    """All stages, run once for the tests of this file."""
+    preset = small(runs)
+    prepare.main(preset.prepare)
+    pretrain.main(preset.pretrain)
+    sft.main(preset.sft)
+    reward_model.main(preset.helpfulness)
+    reward_model.main(preset.safety)
+    ppo.main(preset.ppo)
+    return preset
+
+
+def metrics(runs: Path, name: str) -> list[dict[str, Any]]:
+    return read_json_lines(RunDirectory(runs, name).metrics)
+
+
+def test_every_iteration_serves_the_trainers_weights(chain: Preset, runs: Path) -> None:
+    found = metrics(runs, "tiny-ppo")
+    assert [line["step"] for line in found] == list(range(ITERATIONS + 1))
+    for line in found:
+        assert line["publish/version"] == line["step"]
+        assert line["publish/distinct_checksums"] == 1
+
+
+def test_generator_and_trainer_agree_on_every_token(chain: Preset, runs: Path) -> None:
+    for line in metrics(runs, "tiny-ppo")[:ITERATIONS]:
+        assert line["rollout/logprob_difference"] < 1e-4
+        assert line["rollout/refused_as_stale"] == 0
+
+
+def test_the_policy_starts_at_the_reference_and_leaves_it(chain: Preset, runs: Path) -> None:
+    found = metrics(runs, "tiny-ppo")
+    assert abs(found[0]["ppo/kl_from_initial"]) < 1e-3
+    assert found[ITERATIONS - 1]["ppo/kl_from_initial"] > 1e-3
+    assert all(math.isfinite(value) for line in found for value in line.values())
+
+
+def test_results_come_from_the_runs_files(chain: Preset, runs: Path) -> None:
+    run = RunDirectory(runs, "tiny-ppo")
+    before, after = read_evaluation(run, 0), read_evaluation(run, ITERATIONS)
+    summary = run.summary()
+    assert summary is not None
+    assert len(before) == len(after) == summary["prompts"] == 24
+    gold = [sum(answer.gold or 0 for answer in answers) / 24 for answers in (before, after)]
+    assert summary["before"]["gold"] == pytest.approx(gold[0])
+    assert summary["gain"] == pytest.approx(gold[1] - gold[0])
+    assert run.report.read_text().count("<svg") > 10
+    assert list(run.path.glob("wandb/**/*.wandb"))
+
+
+def test_the_result_is_a_hugging_face_model(chain: Preset, runs: Path) -> None:
+    import transformers
+
+    folder = RunDirectory(runs, "tiny-ppo").model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = tokenizer("Where does Mira live?", return_tensors="pt").input_ids
+    ours = checkpoint.load(folder)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_a_second_run_says_that_it_is_done(
+    chain: Preset, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunDirectory(runs, "tiny-ppo")
+    before = run.metrics.read_text()
+    ppo.main(chain.ppo)
+    assert "finished already" in capsys.readouterr().out
+    assert run.metrics.read_text() == before
+
+
+def test_an_interrupted_run_continues_with_the_same_numbers(chain: Preset, runs: Path) -> None:
+    """Without its summary a run counts as unfinished, and replays from its checkpoint of step 2."""
+    run = RunDirectory(runs, "tiny-ppo")
+    before = metrics(runs, "tiny-ppo")
+    (run.path / "summary.json").unlink()
+    (run.checkpoints / f"step_{ITERATIONS:08d}").rename(run.path / "set-aside")
+    snapshot = run.checkpoints / "checkpoint_manager_snapshot.json"
+    state = json.loads(snapshot.read_text())
+    state["checkpoint_results"] = state["checkpoint_results"][:-1]
+    state["latest_checkpoint_result"] = state["checkpoint_results"][-1]
+    snapshot.write_text(json.dumps(state))
+    ppo.main(chain.ppo)
+    after = metrics(runs, "tiny-ppo")
+    same = ("loss", "value/loss", "reward/composite", "ppo/kl_from_initial", "ppo/entropy")
+    for old, new in zip(before[:ITERATIONS], after[:ITERATIONS], strict=True):
+        assert [old[name] for name in same] == pytest.approx([new[name] for name in same], rel=1e-5)
+
+
+def test_one_worker_and_other_splits_give_the_same_losses(chain: Preset, runs: Path) -> None:
+    two = [line["loss"] for line in metrics(runs, "tiny-sft")[:4]]
+    alone = replace(chain.sft, name="alone", workers=Workers(count=1), micro_batch_rows=5)
+    sft.main(alone)
+    one = [line["loss"] for line in metrics(runs, "alone")[:4]]
+    assert one == pytest.approx(two, abs=2e-5)
+
+
+def test_one_learner_gives_the_same_ppo(chain: Preset, runs: Path) -> None:
+    alone = replace(
+        chain.ppo, name="ppo-alone", learner=Workers(count=1, cpus=0.5), micro_batch_size=5,
+        iterations=2, generators=Workers(count=1, cpus=0.2),
+    )  # fmt: skip
+    ppo.main(alone)
+    one, two = metrics(runs, "ppo-alone"), metrics(runs, "tiny-ppo")
+    for name in ("loss", "value/loss", "reward/composite", "ppo/kl_from_initial", "ppo/entropy"):
+        assert [x[name] for x in one[:2]] == pytest.approx([x[name] for x in two[:2]], abs=1e-4)
+
+
+def test_broken_publishing_is_noticed(chain: Preset, runs: Path) -> None:
+    """Replicas with older weights, or one too few, end in an error, not in stale samples."""
+    folder = RunDirectory(runs, "tiny-sft").model
+    store = WeightStore.remote()  # type: ignore[attr-defined]
+    handle = deploy("broken", folder, store, "float32", Workers(count=1, cpus=0.2))
+    try:
+        model = checkpoint.load(folder)
+        first = weights.snapshot(model.state_dict().items(), 1)
+
+        def refresh() -> list[weights.Receipt]:
+            return list(handle.broadcast("refresh").results(timeout_s=60))
+
+        (receipt,) = weights.publish(first, store, refresh, replicas=1, timeout=60)
+        assert receipt.version == first.version
+        with torch.no_grad():
+            model.lm_head.weight[3, 5] += 1e-3
+        second = weights.snapshot(model.state_dict().items(), 2)
+        deaf = [receipt]  # a replica that says what it served before
+        with pytest.raises(PublishError, match="serves Version"):
+            weights.publish(second, store, lambda: deaf, replicas=1, timeout=60)
+        with pytest.raises(PublishError, match="Only 1 of 2 generators"):
+            weights.publish(second, store, refresh, replicas=2, timeout=60)
+        request = Request("0", torch.tensor([1, 5, 6]).numpy(), seed=0)
+        rollout = handle.generate.remote([request], Sampling(max_new_tokens=3)).result()
+        assert rollout.samples[0].version == second.version
+    finally:
+        serve.delete("broken")
+        ray.kill(store)
