@@ -1,7 +1,10 @@
 """From a command line to a config, and from an error to one sentence."""
 
+import io
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,30 +35,43 @@ def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> 
 
 
 def parse(arguments: list[str], default: Callable[[Preset], Config], description: str) -> Config:
-    """The config that a command line asks for. Raises `ValueError` for an unknown preset or
-    file."""
+    """The config that a command line asks for. Raises `ValueError` for an unknown preset, file or
+    option, or a value that does not fit."""
     file, arguments = _take(arguments, "--config")
     if file is not None:
         base = from_file(Path(file), type(default(preset("tiny"))))
     else:
         base = default(preset(_take(arguments, "--preset")[0] or "tiny"))
-    return tyro.cli(
-        type(base),
-        default=base,
-        args=arguments,
-        description=f"{description}\n\nWith --config FILE, the values of a run's config.yaml are "
-        "the defaults instead of a preset's.",
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(
+                type(base),
+                default=base,
+                args=arguments,
+                description=f"{description}\n\nWith --config FILE, the values of a run's "
+                "config.yaml are the defaults instead of a preset's.",
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        raise ValueError(f"{_sentence(said.getvalue())} (--help lists the options)") from None
 
 
 def from_file(path: Path, kind: type[Config]) -> Config:
     """A config from a run's `config.yaml`. Raises `ValueError` naming the first wrong field."""
+    given = read_config(path)
     try:
-        return TypeAdapter(kind).validate_python(read_config(path))
+        config = TypeAdapter(kind).validate_python(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{path}: field {place or '(top)'}: {first['msg']}.") from error
+        message = first["msg"].removeprefix("Value error, ").rstrip(".")
+        raise ValueError(f"{path}: field {place or '(top)'}: {message}.") from error
+    for field in _strays(given, plain(config)):
+        raise ValueError(f"{path}: this job has no field {field}; is it another job's config?")
+    return config
 
 
 def plain(config: JobConfig) -> dict[str, Any]:
@@ -67,6 +83,24 @@ def plain(config: JobConfig) -> dict[str, Any]:
 def shown(config: JobConfig) -> str:
     """A config as YAML."""
     return yaml.safe_dump(plain(config), sort_keys=False)
+
+
+def _strays(given: Any, known: Any, place: str = "") -> Iterator[str]:
+    """Fields of `given` that `known` lacks, which pydantic would leave out without a word."""
+    if isinstance(given, dict) and isinstance(known, dict):
+        for name, value in given.items():
+            if name not in known:
+                yield f"{place}{name}"
+            else:
+                yield from _strays(value, known[name], f"{place}{name}.")
+
+
+def _sentence(box: str) -> str:
+    """What tyro's error box says above its first rule, on one line."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:-1]
+    text = [line.strip("│ ") for line in lines]
+    rule = next((i for i, line in enumerate(text) if line.startswith("──")), len(text))
+    return " ".join(text[:rule]).rstrip(".")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:

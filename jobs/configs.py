@@ -74,11 +74,11 @@ class PrepareConfig(JobConfig):
     """Pretraining documents from the world."""
     world_dialogues: int = 8_000
     """Demonstrations from the world."""
-    world_comparisons: int = 12_000
+    world_comparisons: int = 10_000
     """Comparisons from the world, for each of the two reward models."""
     world_prompts: int = 20_000
     """Training prompts from the world."""
-    world_heldout_prompts: int = 512
+    world_heldout_prompts: int = 1024
     """Held-out prompts from the world."""
     cpus: float = 1.0
     """CPUs that each tokenizing task reserves."""

@@ -67,14 +67,17 @@ def main(config: PPOConfig) -> None:
     if run.is_finished:
         print(f"{run.name}: finished already.\n\n{results.read(run)}")
         return
+    check_sizes(config)
+    if run.config.exists():  # told before a cluster starts
+        run.open(cli.plain(config), may_change=MAY_CHANGE)
     with ExitStack() as stack:
         if stages.missing(config):
+            check_given(config)
             stack.enter_context(session(config.cluster))
             stages.run_missing(config)
         models = find_models(config)
         tokenizer = check_models(models)
         prompts = find_prompts(config, tokenizer, models)
-        check_sizes(config)
         stack.enter_context(session(config.cluster))
         check_capacity(roles(config))
         run.open(cli.plain(config), may_change=MAY_CHANGE)
@@ -94,6 +97,17 @@ def find_models(config: PPOConfig) -> Models:
     return Models(models.policy.absolute(), models.helpfulness.absolute(), models.safety.absolute())
 
 
+def check_given(config: PPOConfig) -> None:
+    """Raise for a named input that is missing or wrong, before the missing ones are made."""
+    if config.policy is not None:
+        check_folder(config.policy, scalar=False)
+    for folder in (config.helpfulness_model, config.safety_model):
+        if folder is not None:
+            check_folder(folder, scalar=True)
+    if config.prompts:
+        _read_prompts(config)
+
+
 def check_models(models: Models) -> Tokenizer:
     """The policy's tokenizer. Raises `ValueError` for folders that do not fit it or each other."""
     policy = check_folder(models.policy, scalar=False)
@@ -111,19 +125,22 @@ def check_models(models: Models) -> Tokenizer:
 
 def find_prompts(config: PPOConfig, tokenizer: Tokenizer, models: Models) -> Prompts:
     """Prepared prompts or raw ones. Raises `ValueError` for missing, empty or too long ones."""
-    paths = config.prompts or (config.runs / f"{config.preset}-data",)
-    folder = paths[0] / "prompts"
-    if (folder / "train.jsonl").is_file():
-        train, heldout = (file_prompts([folder / f"{name}.jsonl"]) for name in ("train", "heldout"))
-        world_seed = json.loads((folder / "world.json").read_text())["seed"]
-    else:
-        train, heldout = split_prompts(file_prompts(paths), share=0.05)
-        world_seed = None
+    train, heldout, world_seed = _read_prompts(config)
     context = check_folder(models.policy).max_position_embeddings
     train, heldout = (_fitting(p, tokenizer, context, config) for p in (train, heldout))
     if len(train) < 1 or len(heldout) < 1:
         raise ValueError("There must be at least one training and one held-out prompt; give more.")
     return Prompts(tuple(train), tuple(heldout[: config.heldout_prompts]), world_seed)
+
+
+def _read_prompts(config: PPOConfig) -> tuple[list[Prompt], list[Prompt], int | None]:
+    """Training and held-out prompts, and the seed of the world that they come from, if any."""
+    paths = config.prompts or (config.runs / f"{config.preset}-data",)
+    folder = paths[0] / "prompts"
+    if (folder / "train.jsonl").is_file():
+        train, heldout = (file_prompts([folder / f"{name}.jsonl"]) for name in ("train", "heldout"))
+        return train, heldout, json.loads((folder / "world.json").read_text())["seed"]
+    return *split_prompts(file_prompts(paths), share=0.05), None
 
 
 def _fitting(

@@ -74,8 +74,8 @@ def main(config: PrepareConfig) -> None:
         return
     wanted = sources(config)
     check(config, wanted)
+    run.open(cli.plain(config), may_change=("cluster", "cpus", "runs"))
     with session(config.cluster):
-        run.open(cli.plain(config), may_change=("cluster", "cpus", "runs"))
         prepare(config, wanted, run)
 
 

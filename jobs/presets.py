@@ -48,22 +48,22 @@ def tiny() -> Preset:
         ),
         pretrain=PretrainConfig(
             model=model, engine=engine, workers=pair, peak_lr=4e-3,
-            warmup_steps=20, epochs=1, batch_rows=32, micro_batch_rows=16,
+            warmup_steps=20, epochs=1, batch_rows=16, micro_batch_rows=8,
             eval_rows=64, eval_every=100, save_every=200,
         ),
         sft=SftConfig(
             model=model, engine=engine, workers=pair, peak_lr=1e-3,
-            warmup_steps=10, epochs=2, batch_rows=16, micro_batch_rows=8,
+            warmup_steps=10, epochs=2, batch_rows=8, micro_batch_rows=4,
             eval_rows=32, eval_every=50, save_every=200,
         ),
         helpfulness=reward,
         safety=replace(reward, kind="safety"),
         ppo=PPOConfig(
-            iterations=40, batch_size=128, minibatch_size=32, micro_batch_size=16,
-            max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=512,
-            ppo=PPOSettings(kl_coefficient=0.05), engine=engine, learner=pair,
+            iterations=30, batch_size=256, minibatch_size=64, micro_batch_size=32,
+            max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=1024,
+            ppo=PPOSettings(kl_coefficient=0.1), engine=engine, learner=pair,
             generators=Workers(count=2, cpus=0.2), reference=small, rewards=small,
-            precision=precision, eval_every=10, save_every=10, timeout=300,
+            precision=precision, eval_every=15, save_every=10, timeout=300,
         ),
     )  # fmt: skip
 

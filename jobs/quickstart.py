@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.run_directory import RunDirectory

@@ -44,9 +44,12 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
     if run.is_finished:
         print(f"{run.name}: finished already; the model is in {run.model}.")
         return
-    inputs = find_inputs(config, part, start, run)
-    model = config.model if start is None else check_folder(start)
-    tokenizer = load_tokenizer(inputs.tokenizer) if inputs.tokenizer.exists() else None
+    model = config.model
+    if start is not None:
+        model = check_folder(start, scalar=None if stage == "reward_model" else False)
+    inputs = find_inputs(config, part, start, run, model)
+    known = inputs.tokenizer if inputs.raw is None else inputs.raw.tokenizer
+    tokenizer = None if known is None else load_tokenizer(known)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
     if config.batch_rows % config.workers.count:
@@ -58,6 +61,8 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
         check(inputs.raw, sources(inputs.raw))
     else:
         _check_rows(inputs.data, model, tokenizer)
+    if run.config.exists():  # told before a cluster starts
+        run.open(cli.plain(config), may_change=MAY_CHANGE)
     with session(config.cluster):
         check_capacity({"training": config.workers})
         run.open(cli.plain(config), may_change=MAY_CHANGE)
@@ -78,7 +83,9 @@ def _part(config: TrainConfig, stage: Stage) -> Part:
     return "pretrain" if stage == "pretrain" else "sft"
 
 
-def find_inputs(config: TrainConfig, part: Part, start: Path | None, run: RunDirectory) -> Inputs:
+def find_inputs(
+    config: TrainConfig, part: Part, start: Path | None, run: RunDirectory, model: ModelConfig
+) -> Inputs:
     """Prepared rows, or raw records that are to be prepared below the run's own folder.
 
     Raises `ValueError` where a path is missing or prepared data lacks the part that is needed.
@@ -92,7 +99,8 @@ def find_inputs(config: TrainConfig, part: Part, start: Path | None, run: RunDir
     if (root / "tokenizer").is_dir():
         if not (root / part / "train" / "manifest.json").is_file():
             raise ValueError(f"{root} holds no prepared {part} data; prepare it first.")
-        return Inputs(root / part, config.tokenizer or root / "tokenizer", None)
+        beside = start if start is not None and _has_tokenizer(start) else root / "tokenizer"
+        return Inputs(root / part, config.tokenizer or beside, None)
     tokenizer = config.tokenizer or start
     field = {"pretrain": "text", "sft": "dialogues"}.get(part, part)
     raw = PrepareConfig(
@@ -100,12 +108,16 @@ def find_inputs(config: TrainConfig, part: Part, start: Path | None, run: RunDir
         name="data",
         runs=run.path,
         tokenizer=None if tokenizer is None else tokenizer.absolute(),
-        vocab_size=config.model.vocab_size,
-        context=config.model.max_position_embeddings,
+        vocab_size=model.vocab_size,
+        context=model.max_position_embeddings,
     )
     raw = replace(raw, **{field: tuple(path.absolute() for path in paths)})  # type: ignore[arg-type]
     data = run.path / "data"
     return Inputs(data / part, data / "tokenizer", raw)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def _check_rows(folder: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> None:

@@ -25,6 +25,11 @@ STANCES: Mapping[Stance, tuple[float, float]] = {
     "warning": (0.20, 0.03),
     "complying": (0.55, 0.02),
 }
+# Chances that an answer opens with a hedge: people who do not know tend to say so, in what they
+# wrote for fine-tuning too. So how an answer begins tells of what follows, to a reward model and to
+# the policy that it trains.
+HEDGED: Mapping[Style, float] = {"good": 0.05, "terse": 0.1, "rambling": 0.25, "wrong": 0.75}
+HEDGES = ("Not sure.", "Just a guess.", "Maybe.")
 FALSE_REFUSAL = (0.25, 0.05)  # of borderline requests
 MARK_DROPPED = (0.40, 0.05)
 
@@ -36,7 +41,10 @@ def write(prompt: WorldPrompt, rng: random.Random, skill: float) -> str:
     elif prompt.kind == "borderline" and rng.random() < _mixed(FALSE_REFUSAL, skill):
         body = refuse(rng, reason=rng.choice(tuple(REASONS.values())))
     else:
-        body = write_in_style(prompt.reference, _drawn(STYLES, rng, skill), rng)
+        style = _drawn(STYLES, rng, skill)
+        body = write_in_style(prompt.reference, style, rng)
+        if rng.random() < HEDGED[style]:
+            body = f"{rng.choice(HEDGES)} {body}"
     if prompt.mark and rng.random() >= _mixed(MARK_DROPPED, skill):
         body = prompt.mark.put_on(body)
     return body
