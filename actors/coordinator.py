@@ -64,6 +64,18 @@ class Chunk:
     safety: Scores
 
 
+@dataclass(frozen=True)
+class Batch:
+    """All samples of an iteration, in the order of their prompts."""
+
+    iteration: int
+    version: Version
+    chunks: list[Chunk]
+    tags: list[bool]
+    """Which prompts are tagged for safety."""
+    metrics: dict[str, float]
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=3)
 class Coordinator:
     """Answers are a function of (seed, iteration, weights), so a restart or a repeated call is
@@ -83,22 +95,18 @@ class Coordinator:
         self._tokenizer = load_tokenizer(task.tokenizer)
         self._judge = Judge(task.world_seed)
         self._lock = asyncio.Lock()
-        self._latest: tuple[int, Version] | None = None
-        self._chunks: list[Chunk] = []
-        self._metrics: dict[str, float] = {}
+        self._latest: Batch | None = None
 
     async def share(self, iteration: int, version: Version, rank: int, world: int) -> Share:
         """The part of iteration `iteration`, sampled with weights `version`, of one of `world`
         workers."""
         async with self._lock:
-            if self._latest != (iteration, version):
-                self._chunks, self._metrics = await self._collect(iteration, version)
-                self._latest = (iteration, version)
-        return self._deal(iteration, rank, world)
+            batch = self._latest
+            if batch is None or (batch.iteration, batch.version) != (iteration, version):
+                batch = self._latest = await self._collect(iteration, version)
+        return self._deal(batch, rank, world)
 
-    async def _collect(
-        self, iteration: int, version: Version
-    ) -> tuple[list[Chunk], dict[str, float]]:
+    async def _collect(self, iteration: int, version: Version) -> Batch:
         task, started = self._task, time.perf_counter()
         picked = sample_order(iteration, task.batch_size, len(task.prompts), task.seed)
         requests = [
@@ -107,17 +115,18 @@ class Coordinator:
             )
             for slot, i in enumerate(picked)
         ]
-        self._tags = [task.prompts[i].safety for i in picked]
         chunks, refused = await self._roll_out(requests, version, task.sampling)
         seconds = time.perf_counter() - started
         generation = max(chunk.helpfulness.generation_seconds for chunk in chunks)
-        return chunks, {
+        metrics = {
             "rollout/refused_as_stale": refused,
             "rollout/finished": _mean([f for c in chunks for f in c.helpfulness.finished]),
             "rollout/answer_tokens": _mean([n for c in chunks for n in c.helpfulness.written]),
             "time/generate": generation,
             "time/score": max(0.0, seconds - generation),
         }
+        tags = [task.prompts[i].safety for i in picked]
+        return Batch(iteration, version, chunks, tags, metrics)
 
     def _request(self, name: str, prompt: Prompt, seed: int) -> Request:
         tokens = np.array(encode_prompt(self._tokenizer, prompt.messages), dtype=np.int64)
@@ -175,17 +184,17 @@ class Coordinator:
         except TimeoutError as error:
             raise TimeoutError(f"{what} took more than {self._task.timeout:g} s.") from error
 
-    def _deal(self, iteration: int, rank: int, world: int) -> Share:
+    def _deal(self, batch: Batch, rank: int, world: int) -> Share:
         """Minibatches hold the same samples whatever the number of workers."""
-        task, chunks = self._task, self._chunks
-        rewards_B = _composite(chunks, self._tags)
+        task, chunks = self._task, batch.chunks
+        rewards_B = _composite(chunks, batch.tags)
         scores_B = whiten(rewards_B, torch.ones_like(rewards_B))
         places = [
             (number, row) for number, c in enumerate(chunks) for row in range(len(c.safety.ids))
         ]
         lengths = [length for c in chunks for length in c.helpfulness.lengths]
         written = [count for c in chunks for count in c.helpfulness.written]
-        order = [shuffled(i, len(places), task.seed + iteration) for i in range(len(places))]
+        order = [shuffled(i, len(places), task.seed + batch.iteration) for i in range(len(places))]
         minibatches = []
         for start in range(0, len(order), task.minibatch_size):
             members = order[start : start + task.minibatch_size]
@@ -197,11 +206,11 @@ class Coordinator:
                 )
             )
         return Share(
-            iteration=iteration,
+            iteration=batch.iteration,
             rollouts=[chunk.rollout for chunk in chunks],
             references=[chunk.reference for chunk in chunks],
             minibatches=tuple(minibatches),
-            metrics=self._metrics | {"reward/composite": float(rewards_B.mean())},
+            metrics=batch.metrics | {"reward/composite": float(rewards_B.mean())},
         )
 
     async def evaluate(self, step: int, version: Version) -> dict[str, float]:

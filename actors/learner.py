@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 
 from actors.experience import ExperienceBatch, collate, with_advantages
+from actors.export import export
 from actors.policy import Policy
 from actors.records import Experience, MiniBatch, Share
 from actors.value import Value
@@ -27,10 +28,8 @@ from cluster.tracking import Tracker
 from cluster.weights import Version
 from llama2 import checkpoint
 from llama2.advantages import whiten
-from llama2.model import Transformer
 from llama2.ppo import PPOSettings
 from llama2.schedules import Schedule
-from llama2.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -238,7 +237,7 @@ def learn(task: LearnTask) -> None:
         metrics |= _evaluate(task, learner.iteration, version)
         if tracker is not None:
             tracker.log(learner.iteration, metrics)
-    _export(learner)
+    export(learner.policy.engine, task.tokenizer, task.run.model)
     _save(learner)
     learner.policy.engine.close()
     learner.value.engine.close()
@@ -292,15 +291,3 @@ def _save(learner: Learner) -> None:
             (folder / "iteration").write_text(str(learner.iteration))
 
     training.save(write, learner.iteration, {})
-
-
-def _export(learner: Learner) -> None:
-    state = {name: tensor.cpu().clone() for name, tensor in learner.policy.engine.weights()}
-    if training.rank() != 0:
-        return
-    assert isinstance(learner.policy.engine.module, Transformer)
-    with torch.device("meta"):
-        model = Transformer(learner.policy.engine.module.config)
-    model.load_state_dict(state, assign=True)
-    checkpoint.save(model, learner.task.run.model)
-    load_tokenizer(learner.task.tokenizer).save(learner.task.run.model)

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from actors.export import export
 from cluster import training
 from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
@@ -26,7 +27,6 @@ from llama2.model import ScalarModel, Transformer, initialize
 from llama2.packing import sample_order
 from llama2.schedules import Schedule
 from llama2.shards import Shards
-from llama2.tokenizer import load_tokenizer
 
 MARGINS = {
     "none": (0.0, 0.0, 0.0, 0.0),
@@ -161,7 +161,7 @@ def train(task: TrainTask) -> None:
         final = evaluate(engine, judge, task, len(heldout))
         if tracker is not None:
             tracker.log(engine.updates, final)
-    export(engine, task)
+    export(engine, task.tokenizer, task.run.model)
     _save(engine)
     if lead:
         task.run.finish(final)
@@ -246,16 +246,3 @@ def evaluate(engine: Engine, objective: Objective, task: TrainTask, size: int) -
 
 def _save(engine: Engine) -> None:
     training.save(lambda folder: engine.save(folder, "model"), engine.updates, {})
-
-
-def export(engine: Engine, task: TrainTask) -> None:
-    """Write the trained model as a Hugging Face folder, tokenizer included (collective)."""
-    weights = {name: tensor.cpu().clone() for name, tensor in engine.weights()}
-    if training.rank() != 0:
-        return
-    with torch.device("meta"):
-        scalar = task.stage == "reward_model"
-        module = ScalarModel(task.model) if scalar else Transformer(task.model)
-    module.load_state_dict(weights, assign=True)
-    checkpoint.save(module, task.run.model)
-    load_tokenizer(task.tokenizer).save(task.run.model)

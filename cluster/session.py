@@ -72,7 +72,7 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
 
 
 def protect_token() -> None:
-    """Create the token that guards local clusters, readable by its owner alone.
+    """See to it that the token that guards local clusters is readable by its owner alone.
 
     Ray would create it on its own, readable by everybody on the machine.
     """
@@ -82,3 +82,4 @@ def protect_token() -> None:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))
+    path.chmod(0o600)

@@ -181,7 +181,8 @@ class PPOConfig(JobConfig):
     ppo: PPOSettings = field(default_factory=PPOSettings)
     """PPO's own numbers."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    """DeepSpeed and the optimizer, for policy and value model alike."""
+    """DeepSpeed and the optimizer, for policy and value model alike. Its precision is that of
+    generators, reference and reward workers too."""
     learner: Workers = field(default_factory=Workers)
     """The Ray Train group that holds policy and value model."""
     generators: Workers = field(default_factory=Workers)
@@ -190,8 +191,6 @@ class PPOConfig(JobConfig):
     """Workers with the frozen initial policy."""
     rewards: Workers = field(default_factory=Workers)
     """Workers of each of the two reward models."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of generators, reference and reward workers."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     eval_every: int = 20

@@ -38,7 +38,7 @@ from llama2.schedules import Schedule
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
-    "cluster", "runs", "wandb_project", "learner", "generators", "reference", "rewards",
+    "cluster", "runs", "wandb_project", "generators", "reference", "rewards",
     "save_every", "micro_batch_size", "timeout",
 )  # fmt: skip
 
@@ -189,9 +189,11 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
     """Start the roles, run the learner to its end, and stop them."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     store = WeightStore.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
-    dtype = PRECISIONS[config.precision]
+    dtype = PRECISIONS[config.engine.precision]
     try:
-        generators = deploy(run.name, models.policy, store, config.precision, config.generators)
+        generators = deploy(
+            run.name, models.policy, store, config.engine.precision, config.generators
+        )
         rollouts = RolloutTask(
             run=run,
             tokenizer=models.policy,

@@ -13,6 +13,7 @@ from pathlib import Path
 from actors.encoder import FileSource, Part, Source, decode_row, encode_part
 from cluster.data import stream
 from cluster.files import data_files, read_records
+from cluster.placement import Workers, check_capacity
 from cluster.run_directory import RunDirectory
 from cluster.session import session
 from jobs import cli
@@ -76,6 +77,7 @@ def main(config: PrepareConfig) -> None:
     check(config, wanted)
     run.open(cli.plain(config), may_change=("cluster", "cpus", "runs"))
     with session(config.cluster):
+        check_capacity({"tokenizing": Workers(cpus=config.cpus)})
         prepare(config, wanted, run)
 
 
@@ -84,7 +86,8 @@ def check(config: PrepareConfig, wanted: dict[Part, Source]) -> None:
     for part, source in wanted.items():
         if isinstance(source, FileSource):
             for number, path in enumerate(source.paths):
-                if not any(not isinstance(record, Skipped) for record in source.part(number)):
+                used = sum(not isinstance(record, Skipped) for record in source.part(number))
+                if not used:
                     raise ValueError(f"{path} holds no record that {part} could use.")
     file_prompts(config.prompts)
     if config.tokenizer is not None:

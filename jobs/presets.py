@@ -59,11 +59,11 @@ def tiny() -> Preset:
         helpfulness=reward,
         safety=replace(reward, kind="safety"),
         ppo=PPOConfig(
-            iterations=30, batch_size=256, minibatch_size=64, micro_batch_size=32,
+            iterations=24, batch_size=256, minibatch_size=64, micro_batch_size=32,
             max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=1024,
             ppo=PPOSettings(kl_coefficient=0.1), engine=engine, learner=pair,
             generators=Workers(count=2, cpus=0.2), reference=small, rewards=small,
-            precision=precision, eval_every=15, save_every=10, timeout=300,
+            eval_every=12, save_every=8, timeout=300,
         ),
     )  # fmt: skip
 

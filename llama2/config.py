@@ -44,23 +44,41 @@ class ModelConfig:
     """
 
     vocab_size: int = 32_000
+    """Token ids that the model has embeddings for."""
     hidden_size: int = 4096
+    """D, the width of the residual stream."""
     intermediate_size: int = 11_008
+    """Width inside the SwiGLU feed-forward."""
     num_hidden_layers: int = 32
+    """How many layers."""
     num_attention_heads: int = 32
+    """Query heads of a layer."""
     num_key_value_heads: int = 32
+    """Key and value heads of a layer, each shared by a group of query heads."""
     head_dim: int | None = None
+    """K, the width of a head; None divides the hidden size by the query heads."""
     max_position_embeddings: int = 4096
+    """The context: most tokens in a sequence."""
     rms_norm_eps: float = 1e-5
+    """Added to the mean square in every norm."""
     rope_theta: float = 10_000.0
+    """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary wavelengths for a longer context; None for none."""
     tie_word_embeddings: bool = False
+    """Whether the output layer shares the weights of the embeddings."""
     attention_bias: bool = False
+    """Whether the attention's projections have biases."""
     mlp_bias: bool = False
+    """Whether the feed-forward's projections have biases."""
     initializer_range: float = 0.02
+    """Standard deviation of fresh weights."""
     bos_token_id: int | None = 1
+    """Token that begins a sequence, as config.json states it."""
     eos_token_id: int | tuple[int, ...] | None = 2
+    """Token, or tokens, that end a sequence, as config.json states it."""
     pad_token_id: int | None = None
+    """Token that fills a batch, as config.json states it; Llama has none."""
 
     def __post_init__(self) -> None:
         for name in SIZE_FIELDS:

@@ -29,9 +29,16 @@ ITERATIONS = 3
 
 
 def small(runs: Path) -> Preset:
-    """The tiny preset with less of everything."""
+    """The tiny preset with less of everything, in float32 so that numbers can be compared."""
     preset = tiny()
-    brief: dict[str, Any] = {"runs": runs, "steps": 4, "eval_every": 0, "eval_rows": 16}
+    engine = replace(preset.ppo.engine, precision="float32")
+    brief: dict[str, Any] = {
+        "runs": runs,
+        "steps": 4,
+        "eval_every": 0,
+        "eval_rows": 16,
+        "engine": engine,
+    }
     return Preset(
         prepare=replace(
             preset.prepare, runs=runs, world_documents=600, world_dialogues=400,
@@ -44,6 +51,7 @@ def small(runs: Path) -> Preset:
         ppo=replace(
             preset.ppo, runs=runs, iterations=ITERATIONS, batch_size=16, minibatch_size=8,
             micro_batch_size=2, max_new_tokens=12, eval_every=2, save_every=2,
+            engine=engine,
         ),
     )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """The generation engine against full forward passes, transformers, and the distribution itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -54,6 +56,22 @@ def test_logprobs_equal_the_trainers(model: Transformer) -> None:
         logprobs = model(tokens[:, :-1], targets_BT=targets)
         found = torch.tensor(completion.logprobs)
         torch.testing.assert_close(found, logprobs.detach(), atol=1e-4, rtol=0)
+
+
+def test_logprobs_agree_in_bfloat16() -> None:
+    config = replace(CONFIG, initializer_range=0.1)  # logits as spread as a trained model's
+    model = Transformer(config)
+    initialize(model, config, seed=3)
+    model = model.bfloat16().eval()
+    completions = Engine(model).generate(PROMPTS, Sampling(max_new_tokens=25, stop_ids=()))
+    differences = []
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        tokens = torch.tensor([prompt + completion.tokens])
+        targets = tokens[:, 1:].clone()
+        targets[:, : len(prompt) - 1] = -100
+        logprobs = model(tokens[:, :-1], targets_BT=targets).detach()
+        differences.append((torch.tensor(completion.logprobs) - logprobs).abs())
+    assert 0 < torch.cat(differences).mean() < 0.02
 
 
 def test_draws_depend_on_the_seed_alone(model: Transformer) -> None:
