@@ -1,7 +1,10 @@
 """All stages on a real local Ray cluster, as small as can be: Data, Train, Serve, DeepSpeed."""
 
-import json
 import math
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 import ray
 import torch
 from ray import serve
+from ray.util.state import list_actors
 
 from actors.coordinator import read_evaluation
 from actors.generator import deploy
@@ -134,19 +138,22 @@ def test_a_second_run_says_that_it_is_done(
     assert run.metrics.read_text() == before
 
 
-def test_an_interrupted_run_continues_with_the_same_numbers(chain: Preset, runs: Path) -> None:
-    """Without its summary a run counts as unfinished, and replays from its checkpoint of step 2."""
-    run = RunDirectory(runs, "tiny-ppo")
-    before = metrics(runs, "tiny-ppo")
-    (run.path / "summary.json").unlink()
-    (run.checkpoints / f"step_{ITERATIONS:08d}").rename(run.path / "set-aside")
-    snapshot = run.checkpoints / "checkpoint_manager_snapshot.json"
-    state = json.loads(snapshot.read_text())
-    state["checkpoint_results"] = state["checkpoint_results"][:-1]
-    state["latest_checkpoint_result"] = state["checkpoint_results"][-1]
-    snapshot.write_text(json.dumps(state))
-    ppo.main(chain.ppo)
-    after = metrics(runs, "tiny-ppo")
+def test_a_killed_worker_changes_nothing(chain: Preset, runs: Path) -> None:
+    """SIGKILL to a learner's worker in mid-run: the group starts again from its last checkpoint."""
+    killed = replace(chain.ppo, name="ppo-killed", save_every=1)
+    finished = threading.Thread(target=ppo.main, args=(killed,))
+    finished.start()
+    log = RunDirectory(runs, "ppo-killed").metrics
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < deadline, "the first iteration takes too long"
+        time.sleep(0.1)
+    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+    os.kill(workers[0].pid, signal.SIGKILL)
+    finished.join(timeout=240)
+    assert not finished.is_alive()
+    before, after = metrics(runs, "tiny-ppo"), metrics(runs, "ppo-killed")
+    assert [line["step"] for line in after] == list(range(ITERATIONS + 1))
     same = ("loss", "value/loss", "reward/composite", "ppo/kl_from_initial", "ppo/entropy")
     for old, new in zip(before[:ITERATIONS], after[:ITERATIONS], strict=True):
         assert [old[name] for name in same] == pytest.approx([new[name] for name in same], rel=1e-5)
