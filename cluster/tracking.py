@@ -171,6 +171,9 @@ class Tracker:
             )
 
 
+BAR_WIDTH = 20
+
+
 class Console:
     """Progress of a stage: a bar on a terminal, otherwise a plain line every `interval` seconds.
 
@@ -204,7 +207,9 @@ class Console:
             return
         now = self._clock()
         per_step = (now - self._started) / max(step + 1 - self._first, 1)
-        share = f"{done}/{self._total}  {100 * done // max(self._total, 1)}%"
+        filled = BAR_WIDTH * done // max(self._total, 1)
+        bar = "#" * filled + "." * (BAR_WIDTH - filled)
+        share = f"[{bar}] {done}/{self._total}"
         eta = f"eta {_duration(per_step * (self._total - done))}"
         self._pending = "  ".join(part for part in (self._stage, share, shown, eta) if part)
         if done == self._total or now - self._printed >= self._interval:

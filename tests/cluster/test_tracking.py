@@ -204,10 +204,10 @@ def test_console_prints_a_line_at_most_every_interval_and_always_the_last() -> N
     console.close()
     # Done at 0.75, 3.0 (2.25 later), 5.25 and, being the last, 7.5 seconds.
     assert stream.getvalue().splitlines() == [
-        "sft  1/10  10%  loss 2  12.35k tokens/s  eta 0:07",
-        "sft  4/10  40%  loss 0.5  12.35k tokens/s  eta 0:04",
-        "sft  7/10  70%  loss 0.2857  12.35k tokens/s  eta 0:02",
-        "sft  10/10  100%  loss 0.2  12.35k tokens/s  eta 0:00",
+        "sft  [##..................] 1/10  loss 2  12.35k tokens/s  eta 0:07",
+        "sft  [########............] 4/10  loss 0.5  12.35k tokens/s  eta 0:04",
+        "sft  [##############......] 7/10  loss 0.2857  12.35k tokens/s  eta 0:02",
+        "sft  [####################] 10/10  loss 0.2  12.35k tokens/s  eta 0:00",
     ]
 
 
@@ -216,7 +216,10 @@ def test_console_reckons_the_time_left_from_the_resumed_step() -> None:
     console = Console("ppo", 400, first_step=100, stream=stream, clock=clock)
     clock.now += 40.0  # two steps in 40 s, 298 to go: 5960 s
     console.update(101, {"learning_rate": 0.003})
-    assert stream.getvalue() == "ppo  102/400  25%  learning_rate 3e-3  eta 1:39:20\n"
+    assert (
+        stream.getvalue()
+        == "ppo  [#####...............] 102/400  learning_rate 3e-3  eta 1:39:20\n"
+    )
 
 
 def test_console_shows_a_line_held_back_when_the_stage_ends_early() -> None:

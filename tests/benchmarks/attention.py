@@ -1,0 +1,47 @@
+"""Causal attention of right-padded documents: torch's fused kernel against two products.
+
+python -m tests.benchmarks.attention
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama2.attention import attend_by_products
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+SHAPES = [(128, 4, 40, 32), (32, 4, 146, 32), (16, 4, 256, 32), (4, 6, 512, 48), (4, 12, 512, 64)]
+REPEATS = 8
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def milliseconds(attend: Attend, shape: tuple[int, ...], dtype: torch.dtype) -> float:
+    """Of a forward and a backward pass, the mean over `REPEATS` after three to warm up."""
+    query, key, value = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
+    upstream = torch.randn(shape, dtype=dtype)
+    for repeat in range(REPEATS + 3):
+        if repeat == 3:
+            started = time.perf_counter()
+        attend(query, key, value).backward(upstream)
+    return (time.perf_counter() - started) / REPEATS * 1e3
+
+
+def main() -> None:
+    """Print a row per shape and precision."""
+    torch.set_num_threads(1)
+    print("documents x heads x tokens x width  precision  fused ms  products ms  ratio")
+    for dtype in (torch.float32, torch.bfloat16):
+        for shape in SHAPES:
+            a, b = (milliseconds(f, shape, dtype) for f in (fused, attend_by_products))
+            name = str(dtype).removeprefix("torch.")
+            print(f"{'x'.join(map(str, shape)):34}  {name:9}  {a:8.1f}  {b:11.1f}  {a / b:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
