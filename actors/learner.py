@@ -214,6 +214,7 @@ def _means(sums: dict[str, float], minibatches: Sequence[MiniBatch]) -> dict[str
 def learn(task: LearnTask) -> None:
     """Run PPO on this worker, from the newest checkpoint to the last iteration."""
     learner = _learner(task)
+    first = learner.iteration
     lead = training.rank() == 0
     with ExitStack() as stack:
         tracker = stack.enter_context(_tracker(task, learner.iteration)) if lead else None
@@ -238,7 +239,8 @@ def learn(task: LearnTask) -> None:
         if tracker is not None:
             tracker.log(learner.iteration, metrics)
     export(learner.policy.engine, task.tokenizer, task.run.model)
-    _save(learner)
+    if learner.iteration > first:  # else the checkpoint it came from is the last one
+        _save(learner)
     learner.policy.engine.close()
     learner.value.engine.close()
 

@@ -146,6 +146,7 @@ def train(task: TrainTask) -> None:
     with training.resume() as folder:
         if folder is not None:
             engine.load(folder, "model")
+    first = engine.updates
     lead = training.rank() == 0
     with ExitStack() as stack:
         tracker = stack.enter_context(_tracker(task, engine.updates)) if lead else None
@@ -162,7 +163,8 @@ def train(task: TrainTask) -> None:
         if tracker is not None:
             tracker.log(engine.updates, final)
     export(engine, task.tokenizer, task.run.model)
-    _save(engine)
+    if engine.updates > first:  # else the checkpoint it came from is the last one
+        _save(engine)
     if lead:
         task.run.finish(final)
     engine.close()
