@@ -61,7 +61,7 @@ def submit(client: JobSubmissionClient, config: QuickstartConfig, stage: str) ->
         # Told here, since Ray takes an environment from the submission or from the job, not both.
         runtime_env={
             "working_dir": str(ROOT),
-            "excludes": LEFT_OUT,
+            "excludes": _left_out(config),
             "env_vars": WORKER_ENVIRONMENT,
         },
         metadata={"stage": stage},
@@ -71,6 +71,12 @@ def submit(client: JobSubmissionClient, config: QuickstartConfig, stage: str) ->
     if status is not JobStatus.SUCCEEDED:
         raise ValueError(f"Stage {stage} ended as {status}; its log is above. Run again to go on.")
     print(f"── {stage}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _left_out(config: QuickstartConfig) -> list[str]:
+    """What a job does not need of this folder, above all the results of earlier runs."""
+    runs = config.runs.absolute()
+    return [*LEFT_OUT, *([str(runs.relative_to(ROOT))] if runs.is_relative_to(ROOT) else [])]
 
 
 async def _follow(client: JobSubmissionClient, job: str) -> JobStatus:
