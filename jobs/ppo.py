@@ -38,8 +38,8 @@ from llama2.schedules import Schedule
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
-    "cluster", "runs", "wandb_project", "generators", "reference", "rewards",
-    "save_every", "micro_batch_size", "timeout",
+    "cluster", "runs", "wandb_project", "learner.cpus", "learner.gpus", "learner.threads",
+    "generators", "reference", "rewards", "save_every", "micro_batch_size", "timeout",
 )  # fmt: skip
 
 

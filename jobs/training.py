@@ -23,7 +23,16 @@ from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 Stage = Literal["pretrain", "sft", "reward_model"]
 # What may differ when a run is continued: it does not change what the run computes.
-MAY_CHANGE = ("cluster", "runs", "wandb_project", "save_every", "micro_batch_rows")
+MAY_CHANGE = (
+    "cluster",
+    "runs",
+    "wandb_project",
+    "workers.cpus",
+    "workers.gpus",
+    "workers.threads",
+    "save_every",
+    "micro_batch_rows",
+)
 
 
 @dataclass(frozen=True)

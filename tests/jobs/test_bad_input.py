@@ -323,8 +323,10 @@ def test_a_run_of_another_config(tmp_path: Path, folders: Folders) -> None:
     run.open(cli.plain(config))
     found = refusal(sft.main, replace(config, peak_lr=0.5))
     assert "Run 'mine' exists with another config: peak_lr (0.001 there, 0.5 now)" in found
+    found = refusal(sft.main, replace(config, workers=replace(config.workers, count=4)))
+    assert "workers.count (2 there, 4 now)" in found  # its checkpoints are of two workers
     with pytest.raises(SessionEntered):
-        sft.main(replace(config, workers=Workers(count=4)))
+        sft.main(replace(config, workers=replace(config.workers, cpus=1.0, threads=2)))
     run.write_config(cli.plain(ppo_config(tmp_path, folders)))
     changed = replace(ppo_config(tmp_path, folders), ppo=replace(TINY.ppo.ppo, clip_range=0.3))
     assert "ppo.clip_range (0.2 there, 0.3 now)" in refusal(ppo.main, changed)

@@ -133,11 +133,10 @@ def test_meta_rows_are_reordered_as_its_rotation_wants() -> None:
     ]
     angles = rotation(torch.arange(5)[None], frequencies, torch.float32)
     ours = [
-        rotate((x[i] @ _half_split(weight[i], 2).T).view(1, 5, 2, 8).transpose(1, 2), *angles)[0]
-        for i in range(2)
+        rotate((x[i] @ _half_split(weight[i], 2).T).view(1, 5, 2, 8), *angles)[0] for i in range(2)
     ]
     torch.testing.assert_close(
-        torch.einsum("htk,hsk->hts", *ours), torch.einsum("thk,shk->hts", *theirs)
+        torch.einsum("thk,shk->hts", *ours), torch.einsum("thk,shk->hts", *theirs)
     )
 
 
