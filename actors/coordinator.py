@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError
 
 from actors.judge import Judge
 from actors.records import MiniBatch, Place, ReferenceLogprobs, Request, Rollout, Scores, Share
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, write_atomically
 from cluster.weights import Version
 from llama2.advantages import whiten
 from llama2.chat import encode_prompt
@@ -271,9 +271,7 @@ def write_evaluation(run: RunDirectory, step: int, judged: Sequence[Judged]) -> 
     """Write held-out answers in one atomic step."""
     path = evaluation_file(run, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(asdict(answer)) + "\n" for answer in judged))
-    part.replace(path)
+    write_atomically(path, "".join(json.dumps(asdict(answer)) + "\n" for answer in judged))
 
 
 def read_evaluation(run: RunDirectory, step: int) -> list[Judged]:

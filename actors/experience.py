@@ -14,7 +14,7 @@ from torch import Tensor
 from actors.records import Experience, FloatArray
 from llama2 import kl
 from llama2.advantages import gae
-from llama2.batches import TokenSequence, pack
+from llama2.batches import pack
 from llama2.losses import IGNORE
 from llama2.rewards import token_rewards
 
@@ -46,16 +46,7 @@ class ExperienceBatch:
 
 def collate(experiences: Sequence[Experience], device: torch.device) -> ExperienceBatch:
     """One sample a row, padded right."""
-    batch = pack(
-        [
-            [
-                TokenSequence(
-                    e.sample.tokens, np.arange(len(e.sample.tokens)) >= len(e.sample.prompt)
-                )
-            ]
-            for e in experiences
-        ]
-    ).to(device)
+    batch = pack([[e.sample.sequence] for e in experiences]).to(device)
     mask_BT = batch.targets_BT != IGNORE
     empty = torch.zeros(mask_BT.shape, device=device)
 

@@ -7,6 +7,7 @@ import numpy as np
 import ray
 
 from cluster.weights import Version
+from llama2.batches import TokenSequence
 
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -37,6 +38,12 @@ class Sample:
     def tokens(self) -> IntArray:
         """Prompt and answer."""
         return np.concatenate((self.prompt, self.response))
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """Prompt and answer, with the answer as what is to be predicted."""
+        tokens = self.tokens
+        return TokenSequence(tokens, np.arange(len(tokens)) >= len(self.prompt))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from actors.records import ReferenceLogprobs, Rollout
 from llama2 import checkpoint
-from llama2.batches import TokenSequence, pack
+from llama2.batches import pack
 
 MAX_TOKENS = 16_384  # of activations held at a time
 
@@ -28,14 +28,7 @@ class Reference:
         samples = rollout.samples
         found: dict[int, np.ndarray[tuple[int], np.dtype[np.float32]]] = {}
         for rows in by_length([len(sample.tokens) for sample in samples]):
-            sequences = [
-                TokenSequence(
-                    samples[i].tokens,
-                    np.arange(len(samples[i].tokens)) >= len(samples[i].prompt),
-                )
-                for i in rows
-            ]
-            batch = pack([[sequence] for sequence in sequences]).to(self._device)
+            batch = pack([[samples[i].sequence] for i in rows]).to(self._device)
             logprobs_N = self._model(
                 batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT
             )
