@@ -11,22 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.causal_attention import causal_attention
 from llama2.config import ModelConfig
 from llama2.documents import Documents
 from llama2.rope import rotate
+from llama2.sequence_parallel import SequenceParallel
 
 
 class Layout(NamedTuple):
     """Where tokens stand and what they see, the same for every layer.
 
     cos, sin: rotary angles, [B, T, 1, K]. documents: of a packed batch. mask: [B, 1, T, S], with a
-    cache. With neither, every row is one document.
+    cache. With neither, every row is one document. parallel: ranks that share the rows' tokens.
     """
 
     cos: Tensor
     sin: Tensor
     documents: Documents | None
     mask: Tensor | None
+    parallel: SequenceParallel
 
 
 class KeyValueCache:
@@ -89,36 +92,26 @@ def attention_mask(segments_BT: Tensor, segments_BS: Tensor) -> Tensor:
     return ((segments_BT[:, :, None] == segments_BS[:, None, :]) & causal)[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention, [B, H, T, K]. Without a mask: plain causal attention."""
-    heads, groups = query.shape[1], key.shape[1]
-    if query.shape[2] == 1 and mask is not None:
-        return _attend_one(query, key, value, mask)
-    if groups != heads:
-        key, value = (t.repeat_interleave(heads // groups, dim=1) for t in (key, value))
-    if mask is None and query.device.type == "cpu" and query.dtype == torch.bfloat16:
-        return attend_by_products(query, key, value)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+def attend(query_BTHK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> Tensor:
+    """Causal scaled dot-product attention of rows that are one document each, [B, T, H, K]."""
+    repeats = query_BTHK.shape[2] // key_BTGK.shape[2]
+    if repeats > 1:
+        key_BTGK, value_BTGK = (x.repeat_interleave(repeats, dim=2) for x in (key_BTGK, value_BTGK))
+    if query_BTHK.device.type == "cpu" and query_BTHK.dtype == torch.bfloat16:
+        return causal_attention(query_BTHK, key_BTGK, value_BTGK)
+    query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTGK, value_BTGK))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-def attend_by_products(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention of equally many heads as two products, [B, H, T, K].
-
-    In bfloat16 on a CPU the fused kernel's backward pass takes three to eight times as long; the
-    scores cost memory, but documents are short.
-    """
+def attend_cached(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of new tokens [B, H, T, K] over all [B, G, S, K] so far that `mask` shows them."""
     batch, heads, tokens, width = query.shape
-    query, key, value = (x.reshape(-1, tokens, width) for x in (query, key, value))
-    future = torch.full((tokens, tokens), float("-inf"), dtype=query.dtype).triu(1)
-    scores = torch.baddbmm(future, query, key.transpose(1, 2), alpha=width**-0.5)
-    return torch.bmm(scores.softmax(dim=-1), value).view(batch, heads, tokens, width)
-
-
-def _attend_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    groups = key.shape[1]
+    if tokens > 1:
+        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     # One query token: on a CPU two batched products over the groups are several times as fast as
     # the fused kernel.
-    batch, heads, _, width = query.shape
-    groups = key.shape[1]
     grouped = query.view(batch, groups, heads // groups, width)
     scores = grouped @ key.transpose(2, 3) * width**-0.5
     weights = scores.float().masked_fill(~mask, float("-inf")).softmax(dim=-1).to(value.dtype)
@@ -149,13 +142,16 @@ class Attention(nn.Module):
         query_BTHK = rotate(heads(self.q_proj(x_BTD)), layout.cos, layout.sin)
         key_BTGK = rotate(heads(self.k_proj(x_BTD)), layout.cos, layout.sin)
         value_BTGK = heads(self.v_proj(x_BTD))
-        if layout.documents is not None:
-            split = layout.documents.split
-            groups = zip(split(query_BTHK), split(key_BTGK), split(value_BTGK), strict=True)
-            mixed_BTHK = layout.documents.join([attend(*group) for group in groups], batch)
-        else:
+        if cache is not None:
+            assert layout.mask is not None
             query, key, value = (x.transpose(1, 2) for x in (query_BTHK, key_BTGK, value_BTGK))
-            if cache is not None:
-                key, value = cache.append(self.layer, key, value)
-            mixed_BTHK = attend(query, key, value, layout.mask).transpose(1, 2)
+            key, value = cache.append(self.layer, key, value)
+            mixed_BTHK = attend_cached(query, key, value, layout.mask).transpose(1, 2)
+        elif layout.documents is not None:
+            parallel, documents = layout.parallel, layout.documents
+            parts = [documents.split(parallel.heads(x)) for x in (query_BTHK, key_BTGK, value_BTGK)]
+            mixed = [attend(*group) for group in zip(*parts, strict=True)]
+            mixed_BTHK = parallel.tokens(documents.join(mixed, batch))
+        else:
+            mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK)
         return self.o_proj(mixed_BTHK.reshape(batch, tokens, -1))

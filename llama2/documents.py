@@ -74,17 +74,17 @@ class Documents:
         self._tokens, self._padding = tensor(inverse), tensor(np.flatnonzero(segments == 0))
 
     def split(self, x_BTHK: Tensor) -> list[Tensor]:
-        """The tokens of each group, [documents, H, L, K]; zero behind the end of a document."""
+        """The tokens of each group, [documents, L, H, K]; zero behind the end of a document."""
         x_NHK = x_BTHK.reshape(-1, *x_BTHK.shape[2:])
         x_MHK = _Rearrange.apply(x_NHK, self._slots, self._empty, self._tokens, self._padding)
         parts = x_MHK.split([documents * longest for documents, longest in self.shapes])
         return [
-            part.view(*shape, *x_MHK.shape[1:]).transpose(1, 2)
+            part.view(*shape, *x_MHK.shape[1:])
             for part, shape in zip(parts, self.shapes, strict=True)
         ]
 
     def join(self, parts: list[Tensor], rows: int) -> Tensor:
         """Back from groups to [B, T, H, K]; zero on padding."""
-        x_MHK = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+        x_MHK = torch.cat([part.flatten(0, 1) for part in parts])
         x_NHK = _Rearrange.apply(x_MHK, self._tokens, self._padding, self._slots, self._empty)
         return x_NHK.view(rows, -1, *x_NHK.shape[1:])

@@ -4,7 +4,7 @@ Parameter names are those of Hugging Face's Llama, so that a checkpoint needs no
 Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that carry a target.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,36 @@ from llama2.attention import (
 )
 from llama2.config import ModelConfig
 from llama2.documents import Documents
-from llama2.losses import IGNORE, selected_log_probs
+from llama2.log_probs import selected_log_probs
+from llama2.losses import IGNORE
 from llama2.rope import inverse_frequencies, rotation
+from llama2.sequence_parallel import SequenceParallel
+
+
+class _Normalize(torch.autograd.Function):
+    """x / rms(x) times the scale. Keeps the result in x's own precision for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        square = torch.linalg.vecdot(wide, wide)[..., None]
+        inverse = (square / x.shape[-1] + eps).rsqrt()
+        normal = (wide * inverse).to(x.dtype)
+        ctx.save_for_backward(normal, inverse, scale_D)
+        return normal * scale_D
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        normal, inverse, scale_D = ctx.saved_tensors
+        gradient = gradients[0]
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            summed = (gradient * normal).flatten(0, -2).sum(0, dtype=torch.float32)
+            grad_scale = summed.to(scale_D.dtype)
+        grad_normal, wide = (gradient * scale_D).float(), normal.float()
+        along = torch.linalg.vecdot(grad_normal, wide)[..., None] / normal.shape[-1]
+        grad_x = grad_normal.addcmul_(wide, along, value=-1).mul_(inverse)
+        return grad_x.to(normal.dtype), grad_scale, None
 
 
 class RMSNorm(nn.Module):
@@ -33,10 +61,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return self.weight * (
-            wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        ).to(x.dtype)
+        return cast(Tensor, _Normalize.apply(x, self.weight, self.eps))
 
 
 class FeedForward(nn.Module):
@@ -76,6 +101,7 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False
+        self.sequence_parallel = SequenceParallel()
 
     def forward(
         self,
@@ -108,16 +134,19 @@ class Trunk(nn.Module):
             positions = positions_in_segments(every)[:, -tokens_BT.shape[1] :]
             mask = attention_mask(new, every)
         elif segments_BT is not None:
-            positions, documents = positions_in_segments(segments_BT), Documents(segments_BT)
+            positions = self.sequence_parallel.mine(positions_in_segments(segments_BT))
+            documents = Documents(segments_BT)
         else:
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         # No buffer: an engine that casts the module to bf16 must not round the frequencies.
         frequencies = inverse_frequencies(self.config).to(tokens_BT.device)
-        return Layout(*rotation(positions, frequencies, dtype), documents, mask)
+        return Layout(
+            *rotation(positions, frequencies, dtype), documents, mask, self.sequence_parallel
+        )
 
 
 class Unembedding(nn.Linear):
-    """The language-model head. Given targets, it holds logits of one chunk of tokens at a time."""
+    """The language-model head; given targets, without the logits of all tokens."""
 
     def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
         if targets_BT is None:

@@ -9,11 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from llama2 import losses
-from llama2.attention import KeyValueCache, attend_by_products
+from llama2.attention import KeyValueCache
 from llama2.checkpoint import config_from_hf
 from llama2.config import SIZES, ModelConfig, RopeScaling
-from llama2.losses import IGNORE, selected_log_probs
+from llama2.losses import IGNORE
 from llama2.model import ScalarModel, Transformer, initialize
 from llama2.rope import inverse_frequencies
 
@@ -204,36 +203,6 @@ def test_parameters_are_counted_exactly(name: str) -> None:
     assert ours.config.num_parameters() == sum(p.numel() for p in theirs.parameters())
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 1000])
-def test_selected_log_probs_are_those_of_cross_entropy(
-    chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(losses, "CHUNK_LOGITS", chunk_tokens * 31)
-    torch.manual_seed(0)
-    hidden = torch.randn(9, 12, requires_grad=True)
-    weight = torch.randn(31, 12, requires_grad=True)
-    targets = torch.randint(31, (9,))
-    upstream = torch.randn(9)
-
-    logits = hidden @ weight.T
-    plain = -F.cross_entropy(logits, targets, reduction="none")
-    expected = torch.autograd.grad(plain, (hidden, weight), upstream)
-    logprobs = selected_log_probs(hidden, weight, targets)
-    found = torch.autograd.grad(logprobs, (hidden, weight), upstream)
-
-    torch.testing.assert_close(logprobs, plain, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-def test_selected_log_probs_of_no_token() -> None:
-    """A micro-batch may hold no target; its gradient is then zero, not an error."""
-    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.ones(7, 4, requires_grad=True)
-    logprobs = selected_log_probs(hidden, weight, torch.zeros(0, dtype=torch.long))
-    logprobs.sum().backward()
-    assert logprobs.shape == (0,)
-    assert weight.grad is not None and not weight.grad.any()
-
-
 def test_log_probabilities_are_those_of_the_logits() -> None:
     model = grouped()
     tokens = draw(2, 10)
@@ -243,13 +212,6 @@ def test_log_probabilities_are_those_of_the_logits() -> None:
     loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
     torch.testing.assert_close(-logprobs.mean(), loss)
     assert len(logprobs) == 15
-
-
-def test_attention_by_products_is_the_fused_kernels() -> None:
-    torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 9, 8).unbind()
-    expected = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    torch.testing.assert_close(attend_by_products(query, key, value), expected)
 
 
 @torch.no_grad()

@@ -1,0 +1,88 @@
+"""Log-probabilities of chosen tokens without the logits of all tokens, forward and backward.
+
+Shapes: N tokens, D model width, V vocabulary; K tokens of which something is kept.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEPT_BYTES = 1 << 29
+"""Most that the forward pass keeps for the backward pass, in bytes; beyond it is computed again."""
+CHUNK_LOGITS = 1 << 24
+"""Logits that are computed at a time, where none are kept."""
+WIDE_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
+"""Logits that are held in float32 at a time; a CPU's cache should hold them."""
+
+
+def selected_log_probs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """Log-probability of each target under softmax(hidden @ weight.T): [N], float32, in nats.
+
+    For the backward pass softmax minus one-hot is kept, in the precision of `hidden_ND`, of as many
+    tokens as fit into `KEPT_BYTES`; the others' logits are computed again, a chunk at a time.
+    """
+    keep = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    logprobs_N: Tensor = _SelectedLogProbs.apply(hidden_ND, weight_VD, targets_N, keep)
+    return logprobs_N
+
+
+class _SelectedLogProbs(torch.autograd.Function):
+    """With the error E = softmax(logits) - onehot(targets), the gradient by the logits is -g E for
+    the gradient g of each log-probability. g is multiplied into the narrow matrices of the two
+    products, so that the backward pass walks over [N, V] in these products only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, keep: bool
+    ) -> Tensor:
+        room = KEPT_BYTES // (len(weight_VD) * hidden_ND.element_size()) if keep else 0
+        kept = min(len(hidden_ND), room)
+        error_KV = hidden_ND.new_empty(kept, len(weight_VD))
+        torch.mm(hidden_ND[:kept], weight_VD.T, out=error_KV)
+        logprobs = [_replace_by_error(error_KV, targets_N[:kept])]
+        for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+            logprobs.append(_replace_by_error(hidden_ND[rows] @ weight_VD.T, targets_N[rows]))
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, error_KV)
+        return torch.cat(logprobs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        hidden_ND, weight_VD, targets_N, error_KV = ctx.saved_tensors
+        kept = len(error_KV)
+        less_N1 = -gradients[0][:, None]
+        weighted_ND = (hidden_ND * less_N1).to(hidden_ND.dtype)
+        grad_hidden = torch.empty_like(hidden_ND)
+        grad_hidden[:kept] = (error_KV @ weight_VD) * less_N1[:kept]
+        trained = ctx.needs_input_grad[1]
+        grad_weight = error_KV.T @ weighted_ND[:kept] if trained else None
+        for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+            error = hidden_ND[rows] @ weight_VD.T
+            _replace_by_error(error, targets_N[rows])
+            grad_hidden[rows] = (error @ weight_VD) * less_N1[rows]
+            if grad_weight is not None:  # parts add up in float32
+                grad_weight = grad_weight.float().add_(error.T @ weighted_ND[rows])
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_VD.dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _replace_by_error(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Turn logits into softmax - onehot, in place; returns the targets' log-probabilities [N]."""
+    tokens, vocabulary = logits_NV.shape
+    logprobs_N = torch.empty(tokens, dtype=torch.float32, device=logits_NV.device)
+    for rows in _chunks(0, tokens, WIDE_LOGITS[logits_NV.device.type] // vocabulary):
+        wide, targets = torch.softmax(logits_NV[rows], -1, dtype=torch.float32), targets_N[rows]
+        chosen = wide.gather(1, targets[:, None])
+        logprobs_N[rows] = chosen.log()[:, 0]
+        tiny = chosen[:, 0] < 1e-30  # float32 is about to run out of digits
+        if tiny.any():
+            exact = logits_NV[rows].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+            logprobs_N[rows] = torch.where(tiny, exact, logprobs_N[rows])
+        logits_NV[rows] = wide.scatter_(1, targets[:, None], chosen - 1)
+    return logprobs_N
+
+
+def _chunks(start: int, end: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(first, min(first + size, end)) for first in range(start, end, size)]
