@@ -5,6 +5,7 @@ An iteration is: publish the weights, take this worker's share of the samples, c
 update minibatch by minibatch.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,16 +19,19 @@ import torch.distributed
 
 from actors.experience import ExperienceBatch, collate, with_advantages
 from actors.export import export
+from actors.identity import identity
 from actors.policy import Policy
 from actors.records import Experience, MiniBatch, Share
 from actors.value import Value
 from cluster import training, weights
+from cluster.checkpoints import Checkpoints
 from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from cluster.weights import Version
 from llama2 import checkpoint
 from llama2.advantages import whiten
+from llama2.model import ScalarModel, Transformer
 from llama2.ppo import PPOSettings
 from llama2.schedules import Schedule
 
@@ -48,6 +52,7 @@ class LearnTask:
     micro_batch_size: int
     eval_every: int
     save_every: int
+    keep_checkpoints: int
     activation_checkpointing: bool
     wandb_project: str
     coordinator: Any
@@ -65,6 +70,11 @@ class Learner:
     policy: Policy
     value: Value
     iteration: int = 0
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """By the names that they have in checkpoints."""
+        return {"policy": self.policy.engine, "value": self.value.engine}
 
     def publish(self) -> tuple[Version, dict[str, float]]:
         """Have all generators serve the current weights, and prove it by checksum (collective)."""
@@ -103,12 +113,12 @@ class Learner:
         return share
 
     @torch.no_grad()
-    def experience(self, share: Share) -> list[list[ExperienceBatch]]:
-        """Micro-batches by minibatch, with advantages whitened over the global batch
-        (collective)."""
+    def experience(self, samples: Sequence[Sequence[Experience]]) -> list[list[ExperienceBatch]]:
+        """Micro-batches of the samples of each minibatch, with advantages whitened over the global
+        batch (collective)."""
         ppo = self.task.ppo
         minibatches = []
-        for minibatch in gather(share):
+        for minibatch in samples:
             batches = []
             for start in range(0, len(minibatch), self.task.micro_batch_size):
                 rows = minibatch[start : start + self.task.micro_batch_size]
@@ -122,24 +132,47 @@ class Learner:
             minibatches.append(batches)
         return whiten_advantages(minibatches)
 
-    def update(self, minibatches: list[list[ExperienceBatch]], share: Share) -> dict[str, float]:
-        """One gradient step of policy and value per minibatch (collective)."""
-        sums = {"policy_loss": 0.0, "value_loss": 0.0, "clipped": 0.0, "kl": 0.0}
+    def update(
+        self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int]
+    ) -> dict[str, float]:
+        """One gradient step of policy and value per minibatch, whose answer tokens over all workers
+        are `totals` (collective).
+
+        Raises `FloatingPointError`, before the weights have changed, for a loss or gradient that is
+        not finite.
+        """
+        sums = torch.zeros(4, dtype=torch.float64)
         norms: dict[str, float] = {}
-        for batches, layout in zip(minibatches, share.minibatches, strict=True):
+        for number, (batches, total) in enumerate(zip(minibatches, totals, strict=True)):
+            parts = torch.zeros(4, dtype=torch.float64)
             for batch in batches:
-                part = self.policy.loss(batch, layout.total_tokens)
+                part = self.policy.loss(batch, total)
                 self.policy.engine.backward(part.loss)
-                value_part = self.value.loss(batch, layout.total_tokens)
+                value_part = self.value.loss(batch, total)
                 self.value.engine.backward(value_part)
-                sums["policy_loss"] += float(part.loss.detach()) / len(minibatches)
-                sums["value_loss"] += float(value_part.detach()) / len(minibatches)
-                sums["clipped"] += part.clipped
-                sums["kl"] += part.approximate_kl
+                losses = float(part.loss.detach()), float(value_part.detach())
+                parts += torch.tensor([*losses, part.clipped, part.approximate_kl]).double()
+            sums += training.all_reduce(parts)
+            self._check("loss", float(parts[:2].sum()), number)
             steps = {"policy": self.policy.engine.step(), "value": self.value.engine.step()}
             norms = {f"{who}/{name}": x for who, step in steps.items() for name, x in step.items()}
+            for who, step in steps.items():
+                self._check(f"{who} gradient's norm", step.get("grad_norm", 0.0), number)
         self.iteration += 1
-        return _means(sums, share.minibatches) | norms
+        policy_loss, value_loss, clipped, divergence = sums.tolist()
+        return {
+            "loss": policy_loss / len(minibatches),
+            "value/loss": value_loss / len(minibatches),
+            "ppo/clip_fraction": clipped / sum(totals),
+            "ppo/approximate_kl": divergence / sum(totals),
+        } | norms
+
+    def _check(self, what: str, value: float, minibatch: int) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{self.task.run.name}: the {what} is {value} in iteration {self.iteration}, "
+                f"minibatch {minibatch}; lower the learning rates, or look at the rewards."
+            )
 
 
 def gather(share: Share) -> list[list[Experience]]:
@@ -199,22 +232,22 @@ def measure(minibatches: list[list[ExperienceBatch]]) -> dict[str, float]:
     }
 
 
-def _means(sums: dict[str, float], minibatches: Sequence[MiniBatch]) -> dict[str, float]:
-    totals = training.all_reduce(torch.tensor(list(sums.values()), dtype=torch.float64)).tolist()
-    found = dict(zip(sums, totals, strict=True))
-    tokens = sum(minibatch.total_tokens for minibatch in minibatches)
-    return {
-        "loss": found["policy_loss"],
-        "value/loss": found["value_loss"],
-        "ppo/clip_fraction": found["clipped"] / tokens,
-        "ppo/approximate_kl": found["kl"] / tokens,
-    }
-
-
 def learn(task: LearnTask) -> None:
     """Run PPO on this worker, from the newest checkpoint to the last iteration."""
-    learner = _learner(task)
-    first = learner.iteration
+    learner, checkpoints = _learner(task)
+    try:
+        _iterate(learner, checkpoints)
+    except FloatingPointError:
+        checkpoints.close()  # what was saved before is to be whole
+        raise
+    checkpoints.close()
+    export(learner.policy.engine, task.tokenizer, task.run.model)
+    learner.policy.engine.close()
+    learner.value.engine.close()
+
+
+def _iterate(learner: Learner, checkpoints: Checkpoints) -> None:
+    task, saved = learner.task, learner.iteration
     lead = training.rank() == 0
     with ExitStack() as stack:
         tracker = stack.enter_context(_tracker(task, learner.iteration)) if lead else None
@@ -224,28 +257,27 @@ def learn(task: LearnTask) -> None:
             if step % task.eval_every == 0:
                 metrics |= _evaluate(task, step, version)
             share = learner.share(version)
-            minibatches = learner.experience(share)
+            minibatches = learner.experience(gather(share))
             metrics |= share.metrics | measure(minibatches)
             learning = time.perf_counter()
-            metrics |= learner.update(minibatches, share)
+            metrics |= learner.update(
+                minibatches, [part.total_tokens for part in share.minibatches]
+            )
             now = time.perf_counter()
             metrics |= {"time/update": now - learning, "time/iteration": now - started}
             if tracker is not None:
                 tracker.log(step, metrics)
             if learner.iteration % task.save_every == 0 and learner.iteration < task.iterations:
-                _save(learner)
+                checkpoints.save(learner.iteration, learner.engines, {})
         version, metrics = learner.publish()
         metrics |= _evaluate(task, learner.iteration, version)
         if tracker is not None:
             tracker.log(learner.iteration, metrics)
-    export(learner.policy.engine, task.tokenizer, task.run.model)
-    if learner.iteration > first:  # else the checkpoint it came from is the last one
-        _save(learner)
-    learner.policy.engine.close()
-    learner.value.engine.close()
+    if learner.iteration > saved:  # else the checkpoint it came from is the last one
+        checkpoints.save(learner.iteration, learner.engines, {})
 
 
-def _learner(task: LearnTask) -> Learner:
+def _learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
     policy, critic = checkpoint.load(task.policy), checkpoint.load_scalar(task.critic)
     # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
     torch.nn.init.zeros_(critic.score.weight)
@@ -256,12 +288,26 @@ def _learner(task: LearnTask) -> Learner:
         Policy(Engine(policy, task.engine, task.policy_schedule), task.ppo.clip_range),
         Value(Engine(critic, task.engine, task.value_schedule), task.ppo.value_clip_range),
     )
-    with training.resume() as folder:
-        if folder is not None:
-            learner.policy.engine.load(folder, "policy")
-            learner.value.engine.load(folder, "value")
-            learner.iteration = int((folder / "iteration").read_text())
-    return learner
+    checkpoints = Checkpoints(task.run.checkpoints, _identity(learner), task.keep_checkpoints)
+    found = checkpoints.load(learner.engines)
+    if found is not None:
+        learner.iteration = found.step
+    return learner, checkpoints
+
+
+def _identity(learner: Learner) -> dict[str, Any]:
+    """What the training state belongs to."""
+    task = learner.task
+    policy, critic = learner.policy.engine.module, learner.value.engine.module
+    assert isinstance(policy, Transformer) and isinstance(critic, ScalarModel)
+    return identity(
+        task.engine,
+        policy=policy.config,
+        critic=critic.config,
+        policy_schedule=task.policy_schedule,
+        value_schedule=task.value_schedule,
+        ppo=task.ppo,
+    )
 
 
 def _tracker(task: LearnTask, first_step: int) -> Tracker:
@@ -283,13 +329,3 @@ def _evaluate(task: LearnTask, step: int, version: Version) -> dict[str, float]:
     call = task.coordinator.evaluate.remote(step, version)
     found: dict[str, float] = ray.get(call, timeout=3 * task.timeout)
     return found | {"time/evaluate": time.perf_counter() - started}
-
-
-def _save(learner: Learner) -> None:
-    def write(folder: Path) -> None:
-        learner.policy.engine.save(folder, "policy")
-        learner.value.engine.save(folder, "value")
-        if training.rank() == 0:
-            (folder / "iteration").write_text(str(learner.iteration))
-
-    training.save(write, learner.iteration, {})

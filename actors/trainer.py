@@ -1,39 +1,40 @@
 """Pretraining, supervised fine-tuning and reward modelling: one loop, three objectives.
 
-The loop runs on every worker of a Ray Train group. Which rows a step sees is a function of the
-seed and the step alone, so neither a restart nor the number of workers changes them.
+The loop runs on every worker of a group. Which rows a step sees is a function of the seed and the
+step alone, so neither a restart nor the number of workers changes them.
 """
 
-import time
-from collections.abc import Iterator, Sequence
+import logging
+import math
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from actors.export import export
+from actors.identity import identity
+from actors.objectives import LanguageModelling, Margin, Objective, Ranking
+from actors.steps import BadBatch, MicroBatches, evaluate, update
 from cluster import training
+from cluster.checkpoints import Checkpoints
 from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
 from llama2 import checkpoint
-from llama2.batches import pack, pad_right
 from llama2.config import ModelConfig
-from llama2.losses import next_token_loss, ranking_loss
+from llama2.lora import LoraConfig, apply_lora
 from llama2.model import ScalarModel, Transformer, initialize
 from llama2.packing import sample_order
 from llama2.schedules import Schedule
+from llama2.sequence_parallel import SequenceParallel
 from llama2.shards import Shards
 
-MARGINS = {
-    "none": (0.0, 0.0, 0.0, 0.0),
-    "small": (0.0, 1 / 3, 2 / 3, 1.0),
-    "large": (0.0, 1.0, 2.0, 3.0),
-}
-"""Margin of the ranking loss by rating, negligibly to significantly better (paper, table 27)."""
+logger = logging.getLogger(__name__)
+
+MOST_SKIPPED = 10
+"""Steps that may be skipped in a row: more of them are no accident of the data."""
 
 
 @dataclass(frozen=True)
@@ -52,122 +53,174 @@ class TrainTask:
     tokenizer: Path
     batch_rows: int
     """Rows (pairs, for a reward model) in a global batch."""
-    micro_batch_rows: int
-    """Rows that a worker holds activations of at a time."""
+    micro_batches: MicroBatches
     eval_rows: int
     eval_every: int
     save_every: int
+    keep_checkpoints: int
+    patience: int
+    """Evaluations without a better loss after which training ends; 0 never does."""
+    keep_best: bool
+    """Whether the result is the state with the lowest evaluation loss, not the last one."""
+    on_bad_loss: Literal["stop", "skip"]
     seed: int
-    margin: Literal["none", "small", "large"] = "small"
+    lora: LoraConfig
+    margin: Margin = "small"
     activation_checkpointing: bool = False
     wandb_project: str = "llama2"
 
 
-class Objective(Protocol):
-    """What is minimised over rows of prepared data."""
+@dataclass(frozen=True)
+class Progress:
+    """What a loop has seen, besides the engine's state. Every checkpoint holds it, as of before the
+    evaluation of its own step, which a resumed loop makes again."""
 
-    def total(self, rows: Sequence[int]) -> int:
-        """Terms of the loss in a global batch: what its sum is divided by."""
-        ...
+    best: float = math.inf
+    """Lowest evaluation loss."""
+    best_step: int = 0
+    stale: int = 0
+    """Evaluations since then."""
+    skipped: int = 0
+    """Steps left out for a loss or gradient that was not finite."""
+    skipped_in_a_row: int = 0
 
-    def loss(self, engine: Engine, rows: Sequence[int], total: int) -> Tensor:
-        """These rows' part of the loss of a batch with `total` terms."""
-        ...
-
-    def measure(self, engine: Engine, rows: Sequence[int]) -> dict[str, float]:
-        """Sums over rows, to be added up over micro-batches and workers; "count" among them."""
-        ...
-
-
-class LanguageModelling:
-    """Cross-entropy on target tokens: all of them in pretraining, answers only in SFT."""
-
-    def __init__(self, shards: Shards) -> None:
-        self.shards = shards
-
-    def total(self, rows: Sequence[int]) -> int:
-        return self.shards.targets(rows)
-
-    def loss(self, engine: Engine, rows: Sequence[int], total: int) -> Tensor:
-        batch = pack([self.shards.row(i) for i in rows]).to(engine.device)
-        logprobs_N = engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
-        return next_token_loss(logprobs_N, total)
-
-    def measure(self, engine: Engine, rows: Sequence[int]) -> dict[str, float]:
-        return {
-            "loss": float(self.loss(engine, rows, 1)),
-            "count": float(self.shards.targets(rows)),
-        }
+    def evaluated(self, step: int, loss: float) -> "Progress":
+        """After an evaluation; a loss that is not a number is no better one."""
+        if loss < self.best:
+            return replace(self, best=loss, best_step=step, stale=0)
+        return replace(self, stale=self.stale + 1)
 
 
-class Ranking:
-    """Binary ranking loss with a margin by rating, the score read at the last token (paper,
-    3.2.2)."""
+class Trainer:
+    """One worker's loop over global batches; `run` drives it (collective)."""
 
-    def __init__(self, shards: Shards, margin: Literal["none", "small", "large"]) -> None:
-        self.shards = shards
-        self.margins = MARGINS[margin]
+    def __init__(self, task: TrainTask) -> None:
+        self.task = task
+        self.shards, self.heldout = Shards(task.data), Shards(task.heldout)
+        sequence = SequenceParallel.of(task.micro_batches.sequence_parallel)
+        self.objective = _objective(task, self.shards, sequence)
+        self.judge = _objective(task, self.heldout, sequence)
+        self.engine = Engine(_module(task, sequence), task.engine, task.schedule)
+        self.checkpoints = Checkpoints(
+            task.run.checkpoints, _identity(task, self.shards, self.engine), task.keep_checkpoints
+        )
+        self.progress = Progress()
+        self.saved: int | None = None
+        found = self.checkpoints.load({"model": self.engine})
+        if found is not None:
+            self.progress, self.saved = Progress(**found.extra), found.step
 
-    def total(self, rows: Sequence[int]) -> int:
-        return len(rows)
+    def run(self) -> dict[str, float]:
+        """Train to the schedule's last step, or until `patience` is spent. Returns the last
+        evaluation."""
+        task, engine = self.task, self.engine
+        with ExitStack() as stack:
+            lead = training.rank() == 0
+            tracker = stack.enter_context(_tracker(task, engine.updates)) if lead else None
+            while True:
+                step, before = engine.updates, self.progress
+                metrics = self._evaluate(step)
+                stale = 0 < task.patience <= self.progress.stale
+                ends = step == task.schedule.steps or stale
+                if self._is_due(step, ends):
+                    self._save(step, before, metrics.get("eval/loss"))
+                if not ends:
+                    metrics |= self._step(step)
+                if tracker is not None:
+                    tracker.log(step, metrics)
+                if ends:
+                    return metrics
 
-    def loss(self, engine: Engine, rows: Sequence[int], total: int) -> Tensor:
-        chosen_N, rejected_N = self._scores(engine, rows)
-        return ranking_loss(chosen_N, rejected_N, self._margins(rows).to(chosen_N), total)
+    def _evaluate(self, step: int) -> dict[str, float]:
+        task = self.task
+        if step < task.schedule.steps and (not task.eval_every or step % task.eval_every):
+            return {}
+        metrics = self._measure()
+        self.progress = self.progress.evaluated(step, metrics["eval/loss"])
+        return metrics
 
-    def measure(self, engine: Engine, rows: Sequence[int]) -> dict[str, float]:
-        chosen_N, rejected_N = self._scores(engine, rows)
-        margin_N = self._margins(rows).to(chosen_N)
-        right = (chosen_N > rejected_N).float() + 0.5 * (chosen_N == rejected_N).float()
-        return {
-            "loss": float(ranking_loss(chosen_N, rejected_N, margin_N, 1)),
-            "accuracy": float(right.sum()),
-            "score_gap": float((chosen_N - rejected_N).sum()),
-            "count": float(len(rows)),
-        }
+    def _measure(self) -> dict[str, float]:
+        rows = range(min(self.task.eval_rows, len(self.heldout)))
+        return evaluate(self.engine, self.judge, rows, self.task.micro_batches)
 
-    def _margins(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor([self.margins[max(0, self.shards.rating(i))] for i in rows])
+    def _is_due(self, step: int, ends: bool) -> bool:
+        if step == self.saved:
+            return False
+        better = self.task.keep_best and self.progress.best_step == step
+        better = better and self.progress.best < math.inf
+        return ends or better or (step > 0 and step % self.task.save_every == 0)
 
-    def _scores(self, engine: Engine, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        pairs = [self.shards.row(i) for i in rows]
-        tokens_BT, segments_BT, last_B = pad_right([s.tokens for pair in pairs for s in pair])
-        device = engine.device
-        scores_BT = engine(tokens_BT.to(device), segments_BT.to(device))
-        scores_B = scores_BT.gather(1, last_B.to(device)[:, None])[:, 0]
-        return scores_B[0::2], scores_B[1::2]
+    def _save(self, step: int, progress: Progress, score: float | None) -> None:
+        self.checkpoints.save(step, {"model": self.engine}, _state(progress), score)
+        self.saved = step
+
+    def _step(self, step: int) -> dict[str, float]:
+        task = self.task
+        rows = sample_order(step, task.batch_rows, len(self.shards), task.seed)
+        training.seed_step(task.seed, step)
+        try:
+            metrics = update(self.engine, self.objective, rows, task.micro_batches)
+        except BadBatch as bad:
+            self._skip(step, bad)
+            metrics = {"loss": math.nan}
+        else:
+            self.progress = replace(self.progress, skipped_in_a_row=0)
+        skipped = self.progress.skipped
+        return metrics | ({"skipped": float(skipped)} if skipped else {})
+
+    def _skip(self, step: int, bad: BadBatch) -> None:
+        task, seen = self.task, self.progress
+        said = f"{task.run.name}: {bad.what} at step {step}, in {bad.where} of {task.data}"
+        if task.on_bad_loss == "stop":
+            raise FloatingPointError(
+                f"{said}; look at these rows, lower the learning rate, or leave such steps out "
+                "with --on-bad-loss skip."
+            ) from None
+        if seen.skipped_in_a_row == MOST_SKIPPED:
+            raise FloatingPointError(
+                f"{said}, after {MOST_SKIPPED} skipped steps in a row; lower the learning rate."
+            ) from None
+        if training.rank() == 0:
+            logger.warning("%s; the step is skipped.", said)
+        self.progress = replace(
+            seen, skipped=seen.skipped + 1, skipped_in_a_row=seen.skipped_in_a_row + 1
+        )
+
+    def finish(self, final: dict[str, float]) -> None:
+        """Export the last state, or the best one, and mark the run as finished."""
+        task = self.task
+        self.checkpoints.close()
+        if task.keep_best:
+            final = self._load_best(final)
+        base = str(task.start or task.run.name)
+        export(self.engine, task.tokenizer, task.run.model, task.lora, base)
+        if training.rank() == 0:
+            task.run.finish(final)
+        self.engine.close()
+
+    def _load_best(self, final: dict[str, float]) -> dict[str, float]:
+        step = self.engine.updates
+        if self.progress.best_step != step:
+            found = self.checkpoints.load_best({"model": self.engine})
+            if found is not None:  # None: no evaluation was finite
+                step, final = found.step, self._measure()
+        return final | {"best_step": step}
 
 
 def train(task: TrainTask) -> None:
-    """Train from `task.start` to the schedule's last step, on this worker's part of every batch."""
-    shards, heldout = Shards(task.data), Shards(task.heldout)
-    objective, judge = _objective(task, shards), _objective(task, heldout)
-    engine = Engine(_module(task), task.engine, task.schedule)
-    with training.resume() as folder:
-        if folder is not None:
-            engine.load(folder, "model")
-    first = engine.updates
-    lead = training.rank() == 0
-    with ExitStack() as stack:
-        tracker = stack.enter_context(_tracker(task, engine.updates)) if lead else None
-        while engine.updates < task.schedule.steps:
-            step, metrics = engine.updates, {}
-            if task.eval_every and step % task.eval_every == 0:
-                metrics = evaluate(engine, judge, task, len(heldout))
-            metrics |= _update(engine, objective, task, len(shards))
-            if tracker is not None:
-                tracker.log(step, metrics)
-            if engine.updates % task.save_every == 0 and engine.updates < task.schedule.steps:
-                _save(engine)
-        final = evaluate(engine, judge, task, len(heldout))
-        if tracker is not None:
-            tracker.log(engine.updates, final)
-    export(engine, task.tokenizer, task.run.model)
-    if engine.updates > first:  # else the checkpoint it came from is the last one
-        _save(engine)
-    if lead:
-        task.run.finish(final)
-    engine.close()
+    """Train from `task.start`, or the run's newest checkpoint, to the end, on this worker's part of
+    every batch.
+
+    Raises `FloatingPointError`, on all workers alike, for a loss or gradient that is not finite,
+    where the task says so.
+    """
+    trainer = Trainer(task)
+    try:
+        final = trainer.run()
+    except FloatingPointError:
+        trainer.checkpoints.close()  # what was saved before is to be whole
+        raise
+    trainer.finish(final)
 
 
 def _tracker(task: TrainTask, first_step: int) -> Tracker:
@@ -181,13 +234,13 @@ def _tracker(task: TrainTask, first_step: int) -> Tracker:
     )
 
 
-def _objective(task: TrainTask, shards: Shards) -> Objective:
+def _objective(task: TrainTask, shards: Shards, sequence: SequenceParallel) -> Objective:
     if task.stage == "reward_model":
-        return Ranking(shards, task.margin)
-    return LanguageModelling(shards)
+        return Ranking(shards, sequence, task.margin)
+    return LanguageModelling(shards, sequence)
 
 
-def _module(task: TrainTask) -> nn.Module:
+def _module(task: TrainTask, sequence: SequenceParallel) -> nn.Module:
     module: Transformer | ScalarModel
     if task.stage == "reward_model":
         assert task.start is not None
@@ -198,53 +251,28 @@ def _module(task: TrainTask) -> nn.Module:
         module = Transformer(task.model)
         initialize(module, task.model, task.seed)
     module.model.activation_checkpointing = task.activation_checkpointing
+    module.model.sequence_parallel = sequence
+    if task.lora.rank:
+        apply_lora(module, task.lora, task.seed)
     return module
 
 
-def _update(engine: Engine, objective: Objective, task: TrainTask, size: int) -> dict[str, float]:
-    started = time.perf_counter()
-    rows = sample_order(engine.updates, task.batch_rows, size, task.seed)
-    total = objective.total(rows)
-    summed = torch.zeros(1)
-    for micro in _micro_batches(rows, task.micro_batch_rows):
-        loss = objective.loss(engine, micro, total)
-        engine.backward(loss)
-        summed += loss.detach().cpu()
-    metrics = engine.step()
-    loss_value = float(training.all_reduce(summed.to(engine.device)))
-    if not torch.isfinite(torch.tensor(loss_value)):
-        raise FloatingPointError(
-            f"{task.run.name}: the loss is {loss_value} at step {engine.updates - 1}; lower the "
-            "learning rate or look at the data of that step."
-        )
-    elapsed = time.perf_counter() - started
-    return {"loss": loss_value, "targets_per_second": total / elapsed, **metrics}
+def _identity(task: TrainTask, shards: Shards, engine: Engine) -> dict[str, Any]:
+    """What the training state belongs to."""
+    assert isinstance(engine.module, Transformer | ScalarModel)
+    return identity(
+        task.engine,
+        stage=task.stage,
+        model=engine.module.config,
+        schedule=task.schedule,
+        batch_rows=task.batch_rows,
+        lora=task.lora,
+        margin=task.margin,
+        data=shards.fingerprint,
+        seed=task.seed,
+    )
 
 
-def _micro_batches(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    mine = rows[training.rank() :: training.world_size()]
-    for start in range(0, len(mine), size):
-        yield mine[start : start + size]
-
-
-@torch.no_grad()
-def evaluate(engine: Engine, objective: Objective, task: TrainTask, size: int) -> dict[str, float]:
-    """Means over the first `task.eval_rows` held-out rows, the same on all workers (collective)."""
-    world = training.world_size()
-    count = min(task.eval_rows, size)
-    # Equal shares, since sharded weights are gathered by all workers together.
-    rows = range(count // world * world) if count >= world else [0] * world
-    engine.module.eval()
-    sums: dict[str, float] = {}
-    for micro in _micro_batches(rows, task.micro_batch_rows):
-        for name, value in objective.measure(engine, micro).items():
-            sums[name] = sums.get(name, 0.0) + value
-    engine.module.train()
-    totals = training.all_reduce(torch.tensor(list(sums.values()), device=engine.device))
-    means = dict(zip(sums, totals.tolist(), strict=True))
-    terms = means.pop("count")
-    return {f"eval/{name}": value / terms for name, value in means.items()}
-
-
-def _save(engine: Engine) -> None:
-    training.save(lambda folder: engine.save(folder, "model"), engine.updates, {})
+def _state(progress: Progress) -> dict[str, Any]:
+    # JSON has no infinity.
+    return {k: v for k, v in asdict(progress).items() if v != math.inf}

@@ -6,6 +6,7 @@ batches, never averaged, and any split of a batch gives the same update.
 """
 
 import gc
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 from torch import Tensor, nn
+
+from cluster import fragments
+from cluster.fragments import Fragment
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,33 @@ class EngineConfig:
     """AdamW: applied to matrices, not to norms."""
     clip_grad_norm: float = 1.0
     """Largest global norm of the gradient; 0 leaves it as it is."""
-    offload_optimizer: bool = False
-    """Keep the optimizer state in the host's memory (ZeRO 1 to 3)."""
-    offload_parameters: bool = False
-    """Keep the sharded weights in the host's memory (ZeRO 3)."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the optimizer state, and update it, in the host's memory (ZeRO 1 to 3) or on NVMe
+    (ZeRO 3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Keep the sharded weights in the host's memory (ZeRO 3) or on NVMe (ZeRO 3, bfloat16)."""
+    nvme_path: Path | None = None
+    """Folder on each node's NVMe disk, for what is kept there."""
 
     def __post_init__(self) -> None:
-        if self.offload_parameters and self.zero_stage != 3:
+        if self.offload_parameters != "none" and self.zero_stage != 3:
             raise ValueError("offload_parameters needs zero_stage 3; set it, or do not offload.")
-        if self.offload_optimizer and self.zero_stage == 0:
+        if self.offload_optimizer == "nvme" and self.zero_stage != 3:
+            raise ValueError(
+                "offload_optimizer 'nvme' needs zero_stage 3; set it, or offload to 'cpu'."
+            )
+        if self.offload_optimizer != "none" and self.zero_stage == 0:
             raise ValueError("offload_optimizer needs zero_stage 1, 2 or 3; set one of them.")
+        if self.offload_parameters == "nvme" and self.precision == "float32":
+            # DeepSpeed would write them there with 16 bits.
+            raise ValueError(
+                "offload_parameters 'nvme' needs precision bfloat16; set it, or offload to 'cpu'."
+            )
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and self.nvme_path is None:
+            raise ValueError(
+                "Offloading to 'nvme' needs nvme_path; name a folder on an NVMe disk, or offload "
+                "to 'cpu'."
+            )
         if self.precision == "bfloat16" and self.zero_stage == 0:
             # Without ZeRO DeepSpeed would accumulate gradients in bfloat16.
             raise ValueError("bfloat16 needs zero_stage 1, 2 or 3; set one, or take float32.")
@@ -63,6 +84,16 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
+def _check_nvme() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        raise ValueError(
+            "Offloading to 'nvme' needs libaio with its headers and a C++ compiler on every node; "
+            "install them (libaio-dev, g++), or offload to 'cpu'."
+        )
+
+
 class Engine:
     """A module under DeepSpeed. All ranks call the same methods in the same order."""
 
@@ -71,16 +102,28 @@ class Engine:
     ) -> None:
         """Wrap `module`; `schedule(updates made so far)` gives the learning rate of the next one.
 
-        torch.distributed must be initialised.
+        torch.distributed must be initialised. Raises `ValueError` where this machine cannot offload
+        to NVMe.
         """
         deepspeed = _import_deepspeed()
+        if "nvme" in (config.offload_optimizer, config.offload_parameters):
+            _check_nvme()
         self.config, self.schedule = config, schedule
         self.world_size = torch.distributed.get_world_size()
         self._deepspeed = deepspeed
+        groups = _groups(module, config)
+        largest = max(parameter.numel() for group in groups for parameter in group["params"])
         self._engine, *_ = deepspeed.initialize(
-            model=module, model_parameters=_groups(module, config), config=_settings(config)
+            model=module,
+            model_parameters=groups,
+            config=_settings(config, math.ceil(largest / self.world_size)),
         )
+        # Without ZeRO, `step` reduces and clips itself.
+        self._engine.enable_backward_allreduce = config.zero_stage > 0
         self.updates = 0
+        """Steps made: the position in the schedule."""
+        self.applied = 0
+        """Updates of the weights: steps less those skipped for their gradients."""
 
     @property
     def device(self) -> torch.device:
@@ -101,16 +144,55 @@ class Engine:
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages
 
     def step(self) -> dict[str, float]:
-        """Reduce, clip and apply the gradients. Returns the learning rate and the gradient's
-        norm."""
+        """Reduce, clip and apply the gradients. Returns the learning rate and the gradient's norm.
+
+        Where the norm is not finite, on all ranks alike, the weights stay as they are; the step
+        counts as made all the same.
+        """
         rate = self.schedule(self.updates)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        self._engine.step()
         self.updates += 1
-        norm = self._engine.get_global_grad_norm()
-        # Without ZeRO and in float32 DeepSpeed clips but does not tell the norm.
-        return {"lr": rate} if norm is None else {"lr": rate, "grad_norm": float(norm)}
+        norm = self._step() if self.config.zero_stage else self._step_without_zero()
+        self.applied += math.isfinite(norm)
+        return {"lr": rate, "grad_norm": norm}
+
+    def _step(self) -> float:
+        self._engine.step()
+        applied, norm = self._engine.was_step_applied(), float(self._engine.get_global_grad_norm())
+        assert applied == math.isfinite(norm)
+        return norm
+
+    def _step_without_zero(self) -> float:
+        # DeepSpeed would not tell the norm, and would apply gradients that are not finite.
+        self._engine.buffered_allreduce_fallback()
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        limit = self.config.clip_grad_norm or math.inf
+        norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self.discard()
+        return norm
+
+    def discard(self) -> None:
+        """Drop what `backward` added since the last step."""
+        self._engine.zero_grad()
+        optimizer = self._engine.optimizer
+        if self.config.zero_stage == 3:
+            optimizer.zero_grad()
+            optimizer._offload_boundary_param_ids = set()
+        elif self.config.zero_stage:
+            optimizer.zero_grad()
+            if hasattr(optimizer, "bf16_groups"):  # an optimizer of its own, see fragments.py
+                return
+            optimizer.micro_step_id = -1  # the next gradient is the first again
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
+            for group in optimizer.all_grad_tensors:
+                optimizer.all_grad_tensors[group] = None
+            if optimizer.cpu_offload:
+                optimizer._offload_accumulated_param_ids = set()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight in full, one at a time, in the same order on all ranks (collective)."""
@@ -122,21 +204,31 @@ class Engine:
     def _sharded(self) -> bool:
         return self.config.zero_stage == 3
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write this rank's part of weights, optimizer and counters under `folder/name`
-        (collective)."""
-        self._engine.save_checkpoint(
-            str(folder), tag=name, client_state={"updates": self.updates}, save_latest=False
-        )
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of weights and optimizer state; the shares of all ranks are the whole.
 
-    def load(self, folder: Path, name: str) -> None:
-        """Read what `save` wrote, on the same number of ranks (collective)."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=name)
-        if path is None:
-            raise ValueError(
-                f"No training state {name!r} in {folder}; remove the folder to restart."
-            )
-        self.updates = int(state["updates"])
+        Trainable parameters only. The views of a fragment are valid until the next one is drawn.
+        """
+        rank = torch.distributed.get_rank()
+        for fragment in self._held():
+            yield fragment if self.config.zero_stage else fragment.share(rank, self.world_size)
+
+    def restore(self, fill: Callable[[Fragment], None], updates: int, applied: int) -> None:
+        """Take over a state: `fill` writes into the views of every fragment that this rank holds
+        (collective)."""
+        self.discard()
+        for fragment in self._held(writing=True):
+            fill(fragment)
+        fragments.set_steps(self._engine.optimizer, self.config.zero_stage, applied)
+        self.updates, self.applied = updates, applied
+
+    def sizes(self) -> dict[str, int]:
+        """Number of elements of each trainable parameter."""
+        return fragments.sizes(self.module)
+
+    def _held(self, writing: bool = False) -> Iterator[Fragment]:
+        stage, optimizer = self.config.zero_stage, self._engine.optimizer
+        return fragments.held(self.module, optimizer, stage, writing)
 
     def close(self) -> None:
         """Free what the engine holds."""
@@ -153,17 +245,22 @@ def _groups(module: nn.Module, config: EngineConfig) -> list[dict[str, Any]]:
     return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
 
 
-def _settings(config: EngineConfig) -> dict[str, Any]:
+def _settings(config: EngineConfig, largest: int) -> dict[str, Any]:
+    """DeepSpeed's config; `largest` is the number of elements of the largest sharded parameter."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
-    if config.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    if config.offload_parameters:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    place: dict[str, Any] = {"pin_memory": torch.cuda.is_available()}
+    if config.nvme_path is not None:
+        place["nvme_path"] = str(config.nvme_path)
+    if config.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": config.offload_optimizer, **place}
+    if config.offload_parameters != "none":
+        device = config.offload_parameters
+        zero["offload_param"] = {"device": device, "buffer_size": largest, **place}
     return {
         "train_micro_batch_size_per_gpu": 1,
         # The caller owns the boundary: any number of backward passes, then one step.
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.clip_grad_norm,
+        "gradient_clipping": config.clip_grad_norm if config.zero_stage else 0.0,
         "bf16": {"enabled": config.precision == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,

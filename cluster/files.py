@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import BufferedIOBase
 from pathlib import Path
@@ -48,13 +48,13 @@ def count_records(path: str | Path) -> int:
     """
     count = 0
     for file in data_files(path):
-        if _extension(file) == ".parquet":
+        if extension(file) == ".parquet":
             with _parquet(file) as table:
                 count += table.metadata.num_rows
-        elif _extension(file) == ".arrow":
+        elif extension(file) == ".arrow":
             count += sum(batch.num_rows for batch in _arrow_batches(file))
         else:
-            count += sum(1 for _ in READERS[_extension(file)](file))
+            count += sum(1 for _ in READERS[extension(file)](file))
     if count == 0:
         raise _no_records(path)
     return count
@@ -74,7 +74,7 @@ def data_files(path: str | Path) -> list[Path]:
     if not path.exists():
         raise FileNotFoundError(f"There is no file or folder {path}; check the path.")
     if path.is_file():
-        if not _extension(path):
+        if not extension(path):
             raise ValueError(f"{path} has an unknown extension; accepted are {ACCEPTED}.")
         return [path]
     files = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
@@ -94,7 +94,7 @@ def data_files(path: str | Path) -> list[Path]:
 def _read(path: str | Path, files: list[Path]) -> Iterator[Record]:
     empty = True
     for file in files:
-        for record in READERS[_extension(file)](file):
+        for record in READERS[extension(file)](file):
             empty = False
             yield record
     if empty:
@@ -105,7 +105,7 @@ def _no_records(path: str | Path) -> ValueError:
     return ValueError(f"{path} holds no records; give a file that is not empty.")
 
 
-def _extension(path: Path) -> str:
+def extension(path: Path) -> str:
     """One of `EXTENSIONS`, without .gz, or nothing where the extension is unknown."""
     name = path.name.lower()
     inner = Path(name.removesuffix(".gz")).suffix
@@ -117,7 +117,7 @@ def _is_data(path: Path) -> bool:
     hidden = path.name.startswith((".", "_"))
     # `datasets` leaves the results of `map` beside a cached data set.
     cache = path.name.startswith(("cache-", "tmp"))
-    return bool(_extension(path)) and path.name not in METADATA and not hidden and not cache
+    return bool(extension(path)) and path.name not in METADATA and not hidden and not cache
 
 
 @contextmanager
@@ -147,19 +147,24 @@ def _record(value: object, where: str) -> Record:
 
 def _read_json_lines(path: Path) -> Iterator[Record]:
     with _opened(path) as handle:
-        for number, raw in enumerate(handle, 1):
-            where = f"{path} line {number}"
-            line = _decoded(raw, where)
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where} is not valid JSON ({error.msg} at column {error.colno}); correct or "
-                    "remove that line."
-                ) from error
-            yield _record(value, where)
+        yield from json_records(handle, path)
+
+
+def json_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator[Record]:
+    """The records of JSON lines of a file, of which the first to come has the number `first`."""
+    for number, raw in enumerate(lines, first):
+        where = f"{path} line {number}"
+        line = _decoded(raw, where)
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{where} is not valid JSON ({error.msg} at column {error.colno}); correct or "
+                "remove that line."
+            ) from error
+        yield _record(value, where)
 
 
 def _read_json(path: Path) -> Iterator[Record]:
@@ -181,19 +186,24 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_text(path: Path) -> Iterator[Record]:
-    block: list[str] = []
-    size, start = 0, 1
     with _opened(path) as handle:
-        for number, raw in enumerate(handle, 1):
-            line = _decoded(raw, f"{path} line {number}").replace("\r\n", "\n")
-            between_paragraphs = size >= TEXT_BLOCK and not line.strip()
-            if between_paragraphs or size + len(line) > 2 * TEXT_BLOCK:
-                yield from _text_records("".join(block), f"{path} line {start}")
-                block, size = [], 0
-            if block or line.strip():
-                start = start if block else number
-                block.append(line)
-                size += len(line)
+        yield from text_records(handle, path)
+
+
+def text_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator[Record]:
+    """Blocks of a text's lines, of which the first to come has the number `first`."""
+    block: list[str] = []
+    size, start = 0, first
+    for number, raw in enumerate(lines, first):
+        line = _decoded(raw, f"{path} line {number}").replace("\r\n", "\n")
+        between_paragraphs = size >= TEXT_BLOCK and not line.strip()
+        if between_paragraphs or size + len(line) > 2 * TEXT_BLOCK:
+            yield from _text_records("".join(block), f"{path} line {start}")
+            block, size = [], 0
+        if block or line.strip():
+            start = start if block else number
+            block.append(line)
+            size += len(line)
     yield from _text_records("".join(block), f"{path} line {start}")
 
 
@@ -218,9 +228,21 @@ def _parquet(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
-    row = 0
+    return read_row_groups(path, 0, len(row_group_sizes(path)))
+
+
+def row_group_sizes(path: Path) -> list[int]:
+    """Bytes of every row group of a Parquet file, before compression."""
     with _parquet(path) as table:
-        for batch in table.iter_batches(batch_size=ROWS_AT_A_TIME):
+        footer = table.metadata
+        return [footer.row_group(i).total_byte_size for i in range(footer.num_row_groups)]
+
+
+def read_row_groups(path: Path, start: int, stop: int) -> Iterator[Record]:
+    """The records of row groups `start` to `stop` - 1 of a Parquet file."""
+    with _parquet(path) as table:
+        row = sum(table.metadata.row_group(i).num_rows for i in range(start))
+        for batch in table.iter_batches(ROWS_AT_A_TIME, row_groups=list(range(start, stop))):
             for record in batch.to_pylist():
                 row += 1
                 yield f"{path} row {row}", record

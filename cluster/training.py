@@ -1,23 +1,38 @@
-"""Ray Train: a group of workers that runs one loop, checkpoints together and is restarted
-together."""
+"""Ray Train: a group of workers that runs one loop and is restarted together.
 
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+What a loop needs of its group (`rank`, `all_reduce` and so on) comes from torch.distributed, so
+that it also runs in any other process group.
+"""
+
+import json
+import logging
+import random
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import ray.train
 import torch
 import torch.distributed
 from ray.exceptions import ActorDiedError
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cluster.placement import Workers
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, write_atomically
+
+logger = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
+
+# Errors that another attempt would meet again; the most special ones first.
+FINAL_ERRORS: dict[str, type[Exception]] = {
+    "FloatingPointError": FloatingPointError,
+    "FileNotFoundError": FileNotFoundError,
+    "ValueError": ValueError,
+}
 
 
 class WorkersFailed(RuntimeError):
@@ -30,16 +45,18 @@ def run_workers(
     workers: Workers,
     run: RunDirectory,
     max_failures: int = 3,
-    keep_checkpoints: int = 2,
 ) -> None:
     """Run `loop(task)` on every worker until all return.
 
-    Where one dies, all are started again and find the newest checkpoint through `resume`. State
-    goes to `run.checkpoints`; a later call with the same folder continues there. Raises
-    `WorkersFailed` after `max_failures` restarts.
+    Where a worker dies, the log names it and all are started again, up to `max_failures` times;
+    going on from what was saved is the loop's own part. Then raises `WorkersFailed`. A
+    `ValueError`, `FileNotFoundError` or `FloatingPointError` of the loop is raised here, with its
+    sentence, and not tried again.
     """
+    failure = run.checkpoints / "failure.json"
+    failure.unlink(missing_ok=True)
     trainer = TorchTrainer(
-        _Loop(loop, task, workers.threads),
+        _Loop(loop, task, workers.threads, failure),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,
@@ -50,13 +67,17 @@ def run_workers(
             name=run.checkpoints.name,
             storage_path=str(run.path),
             failure_config=FailureConfig(max_failures=max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
+            callbacks=[_Obituary(run.name)],
         ),
     )
     try:
         trainer.fit()
     except (ray.train.TrainingFailedError, ActorDiedError) as error:
-        raise WorkersFailed(f"{run.name}: the workers failed: {error}") from error
+        if not failure.exists():
+            raise WorkersFailed(f"{run.name}: the workers failed: {error}") from error
+    if failure.exists():
+        found = json.loads(failure.read_text("utf-8"))
+        raise FINAL_ERRORS[found["error"]](found["sentence"])
 
 
 def _resources(workers: Workers) -> dict[str, float]:
@@ -65,23 +86,52 @@ def _resources(workers: Workers) -> dict[str, float]:
 
 
 class _Loop:
-    def __init__(self, loop: Callable[[Any], None], task: Any, threads: int) -> None:
-        self.loop, self.task, self.threads = loop, task, threads
+    """The loop on one worker. Ray Train starts a group again after any error, so one that would
+    come again is written down for the next attempt, which then ends at once."""
+
+    def __init__(self, loop: Callable[[Any], None], task: Any, threads: int, failure: Path) -> None:
+        self.loop, self.task, self.threads, self.failure = loop, task, threads, failure
         self.__name__ = getattr(loop, "__name__", "loop")
 
     def __call__(self) -> None:
+        if self.failure.exists():
+            return
         torch.set_num_threads(self.threads)
-        self.loop(self.task)
+        try:
+            self.loop(self.task)
+        except tuple(FINAL_ERRORS.values()) as error:
+            if not self.failure.exists():
+                kind = next(name for name, kind in FINAL_ERRORS.items() if isinstance(error, kind))
+                record = {"error": kind, "sentence": str(error)}
+                write_atomically(self.failure, json.dumps(record, ensure_ascii=False))
+            raise
+
+
+class _Obituary(UserCallback):
+    """Names in the log the workers that a group lost."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray Train's controller, which restarts the group afterwards."""
+        for rank_, error in worker_exceptions.items():
+            # A dead worker is found by its health check, whose cause names actor, process and node.
+            cause = getattr(error, "health_check_failure", error)
+            told = textwrap.shorten(str(cause), 400)
+            logger.warning(
+                "%s: worker %d failed: %s: %s", self.run, rank_, type(cause).__name__, told
+            )
 
 
 def rank() -> int:
     """This worker's number, from 0."""
-    return int(ray.train.get_context().get_world_rank())
+    return torch.distributed.get_rank()
 
 
 def world_size() -> int:
     """How many workers the group has."""
-    return int(ray.train.get_context().get_world_size())
+    return torch.distributed.get_world_size()
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
@@ -90,26 +140,10 @@ def all_reduce(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-@contextmanager
-def resume() -> Iterator[Path | None]:
-    """The folder of the newest checkpoint, None at the very start."""
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-    else:
-        with checkpoint.as_directory() as folder:
-            yield Path(folder)
-
-
-def save(write: Callable[[Path], None], step: int, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint: `write(folder)` runs on every worker; their files become one folder.
-
-    A checkpoint counts once all workers have written theirs (collective).
-    """
-    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
-        write(Path(folder))
-        ray.train.report(
-            metrics,
-            checkpoint=Checkpoint.from_directory(folder),
-            checkpoint_dir_name=f"step_{step:08d}",
-        )
+def seed_step(seed: int, step: int) -> None:
+    """Make all random numbers of a step a function of (seed, step, rank), so that no state of a
+    generator needs saving."""
+    words = np.random.SeedSequence((seed, step, rank())).generate_state(2)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+    np.random.seed(words[0])
+    random.seed(int(words[0]))

@@ -17,7 +17,10 @@ from jobs.configs import JobConfig
 from jobs.presets import Preset, preset
 
 Config = TypeVar("Config", bound=JobConfig)
-USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, PermissionError, ConnectionError)
+USER_ERRORS = (
+    ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, PermissionError,
+    ConnectionError,
+)  # fmt: skip
 
 
 def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> None:

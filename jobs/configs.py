@@ -9,6 +9,7 @@ from cluster.engine import EngineConfig
 from cluster.placement import Workers
 from cluster.session import ClusterConfig
 from llama2.config import ModelConfig
+from llama2.lora import LoraConfig
 from llama2.ppo import PPOSettings
 
 
@@ -44,53 +45,14 @@ class JobConfig:
 
 
 @dataclass(frozen=True)
-class PrepareConfig(JobConfig):
-    """Turn records into tokenized, packed, memory-mapped rows. Without input files the records come
-    from the synthetic world."""
-
-    text: tuple[Path, ...] = ()
-    """Files or folders of texts to pretrain on."""
-    dialogues: tuple[Path, ...] = ()
-    """Files or folders of demonstrations for SFT."""
-    helpfulness: tuple[Path, ...] = ()
-    """Files or folders of comparisons for the helpfulness reward model."""
-    safety: tuple[Path, ...] = ()
-    """Files or folders of comparisons for the safety reward model."""
-    prompts: tuple[Path, ...] = ()
-    """Files or folders of prompts for PPO; any of the other forms will do."""
-    tokenizer: Path | None = None
-    """Tokenizer to use: a `tokenizer.model` or a Hugging Face folder. By default a small one is
-    trained on the input."""
-    vocab_size: int = 1024
-    """Size of the tokenizer that is trained."""
-    context: int = 256
-    """Longest row, in tokens."""
-    heldout_share: float = 0.02
-    """Share of the records that is kept for evaluation, chosen by a hash of their prompt or
-    text."""
-    world_seed: int = 0
-    """Which synthetic world."""
-    world_documents: int = 30_000
-    """Pretraining documents from the world."""
-    world_dialogues: int = 8_000
-    """Demonstrations from the world."""
-    world_comparisons: int = 10_000
-    """Comparisons from the world, for each of the two reward models."""
-    world_prompts: int = 20_000
-    """Training prompts from the world."""
-    world_heldout_prompts: int = 1024
-    """Held-out prompts from the world."""
-    cpus: float = 1.0
-    """CPUs that each tokenizing task reserves."""
-
-
-@dataclass(frozen=True)
 class TrainConfig(JobConfig):
     """What pretraining, SFT and reward modelling share."""
 
     data: tuple[Path, ...] = ()
     """A folder that `prepare` made, or files of records, which are prepared first. By default the
     preset's own prepared data."""
+    verify_data: bool = False
+    """Compare the hashes of prepared data of more than 8 GiB too; of less they always are."""
     start: Path | None = None
     """Hugging Face or Meta folder of the model to start from. By default the stage before."""
     tokenizer: Path | None = None
@@ -113,16 +75,32 @@ class TrainConfig(JobConfig):
     """Passes over the data, where `steps` is 0."""
     batch_rows: int = 64
     """Rows (pairs, for a reward model) in a global batch."""
-    micro_batch_rows: int = 8
-    """Rows whose activations a worker holds at a time."""
+    micro_batch_tokens: int = 4096
+    """Tokens, padding included, whose activations a worker holds at a time; a longer row goes by
+    itself."""
+    sequence_parallel: int = 1
+    """Workers that share one row, each computing a part of its tokens: for contexts that one
+    worker's memory does not hold. Must divide `workers.count` and the attention heads."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train small updates of frozen weights instead of the weights, with far less memory."""
     eval_rows: int = 64
     """Held-out rows to evaluate on."""
     eval_every: int = 100
     """Steps between evaluations; 0 evaluates at the end only."""
+    patience: int = 0
+    """Evaluations without a better loss after which training stops early; 0 never does."""
+    keep_best: bool | None = None
+    """Whether the resulting model is the one with the lowest evaluation loss instead of the last;
+    by default where `patience` is set."""
     save_every: int = 200
     """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest ones; the best is kept besides."""
+    on_bad_loss: Literal["stop", "skip"] = "stop"
+    """Where a loss or gradient is infinite or no number: stop, naming step and rows, or leave the
+    step out with a warning."""
 
 
 @dataclass(frozen=True)
@@ -197,5 +175,7 @@ class PPOConfig(JobConfig):
     """Iterations between held-out evaluations."""
     save_every: int = 20
     """Iterations between checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints to keep, the newest ones."""
     timeout: float = 1800.0
     """Seconds to wait for the generation and scoring of a batch, or for weights to be taken."""

@@ -38,8 +38,10 @@ from llama2.schedules import Schedule
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
-    "cluster", "runs", "wandb_project", "learner.cpus", "learner.gpus", "learner.threads",
-    "generators", "reference", "rewards", "save_every", "micro_batch_size", "timeout",
+    "cluster", "runs", "wandb_project", "learner", "generators", "reference", "rewards",
+    "save_every", "keep_checkpoints", "micro_batch_size", "timeout", "activation_checkpointing",
+    "engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters",
+    "engine.nvme_path",
 )  # fmt: skip
 
 
@@ -257,6 +259,7 @@ def _learn_task(
         micro_batch_size=config.micro_batch_size,
         eval_every=config.eval_every,
         save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
         activation_checkpointing=config.activation_checkpointing,
         wandb_project=config.wandb_project,
         coordinator=coordinator,

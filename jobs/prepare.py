@@ -1,49 +1,42 @@
-"""Data preparation: tokenizer, packed rows and prompts.
+"""Data preparation: cleaning, tokenizer, packed rows and prompts.
 
 python jobs/prepare.py --preset tiny
 python jobs/prepare.py --name mine --dialogues seed_tasks.jsonl --safety pairs.jsonl
+python jobs/prepare.py --name corpus --text wiki/ web/ --mix wiki 2 web 1 --benchmarks mmlu.jsonl
 """
 
 import json
+import os
+import shutil
 from collections.abc import Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
-from actors.encoder import FileSource, Part, Source, decode_row, encode_part
-from cluster.data import stream
+from actors.sources import FileSource, Part, Source, Usable, benchmark_texts
+from actors.work_folder import read_lines
+from cluster.data import full_disk_named
 from cluster.files import data_files, read_records
 from cluster.placement import Workers, check_capacity
 from cluster.run_directory import RunDirectory
 from cluster.session import session
 from jobs import cli
-from jobs.configs import PrepareConfig
-from llama2.batches import TokenSequence
-from llama2.encoding import Encoded, is_held_out
-from llama2.packing import best_fit
-from llama2.records import (
-    Comparison,
-    Dialogue,
-    Document,
-    Prompt,
-    Skipped,
-    parse_prompts,
-)
-from llama2.shards import Kind, Manifest, ShardWriter
+from jobs.assembly import assemble
+from jobs.preparation import WORK, Counts, Preparation, Wanted, clean, encode
+from jobs.prepare_config import PrepareConfig
+from llama2.cleaning import Decontamination
+from llama2.encoding import is_held_out
+from llama2.mixing import check_mix
+from llama2.records import Comparison, Dialogue, Document, Prompt, Skipped, parse_prompts
+from llama2.shards import Manifest
 from llama2.sources import WorldSource, world_prompts
 from llama2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-KINDS: dict[Part, Kind] = {
-    "pretrain": "pretrain",
-    "sft": "sft",
-    "helpfulness": "preference",
-    "safety": "preference",
-}
-WINDOW = 4096  # rows' worth of documents that are packed together
-TOKENIZER_SAMPLE = 20_000  # records that the small tokenizer is trained on
+TOKENIZER_RECORDS = 20_000  # that the small tokenizer is trained on
+TOKENIZER_CHARACTERS = 20_000_000
+MAY_CHANGE = ("cluster", "cpus", "runs")
 
 
-def sources(config: PrepareConfig) -> dict[Part, Source]:
+def sources(config: PrepareConfig) -> Wanted:
     """What to prepare: the files given, else the whole of the synthetic world."""
     files: dict[Part, tuple[Path, ...]] = {
         "pretrain": config.text,
@@ -51,11 +44,7 @@ def sources(config: PrepareConfig) -> dict[Part, Source]:
         "helpfulness": config.helpfulness,
         "safety": config.safety,
     }
-    given: dict[Part, Source] = {
-        part: FileSource(part, tuple(f.absolute() for path in paths for f in data_files(path)))
-        for part, paths in files.items()
-        if paths
-    }
+    given = {part: _named(part, paths, config.part_bytes) for part, paths in files.items() if paths}
     if given or config.prompts:
         return given
     sizes: dict[Part, int] = {
@@ -64,125 +53,186 @@ def sources(config: PrepareConfig) -> dict[Part, Source]:
         "helpfulness": config.world_comparisons,
         "safety": config.world_comparisons,
     }
-    return {part: WorldSource(part, config.world_seed, size) for part, size in sizes.items()}
+    return {
+        part: {"world": WorldSource(part, config.world_seed, size)} for part, size in sizes.items()
+    }
+
+
+def _named(part: Part, paths: Sequence[Path], part_bytes: int) -> dict[str, Source]:
+    """Sources by the name of their path, without extensions."""
+    files: dict[str, list[Path]] = {}
+    for path in paths:
+        name = path.absolute().name.lstrip(".").partition(".")[0]
+        files.setdefault(name, []).extend(file.absolute() for file in data_files(path))
+    return {name: FileSource.of(part, found, part_bytes) for name, found in files.items()}
 
 
 def main(config: PrepareConfig) -> None:
-    """Tokenize, pack and write the data of all stages."""
+    """Clean, tokenize, mix and pack the data of all stages."""
     run = RunDirectory(config.runs, config.run_name("data"))
     if run.is_finished:
+        _remove_work(run)
         print(f"{run.name}: prepared already, in {run.path}.")
         return
     wanted = sources(config)
     check(config, wanted)
-    run.open(cli.plain(config), may_change=("cluster", "cpus", "runs"))
+    run.open(cli.plain(config), may_change=MAY_CHANGE)
     with session(config.cluster):
-        check_capacity({"tokenizing": Workers(cpus=config.cpus)})
+        check_capacity({"preparation": Workers(cpus=config.cpus)})
         prepare(config, wanted, run)
 
 
-def check(config: PrepareConfig, wanted: dict[Part, Source]) -> None:
-    """Read through users' files once, so that a bad record is named before any worker starts."""
-    for part, source in wanted.items():
-        if isinstance(source, FileSource):
-            for number, path in enumerate(source.paths):
-                used = sum(not isinstance(record, Skipped) for record in source.part(number))
-                if not used:
-                    raise ValueError(f"{path} holds no record that {part} could use.")
+def check(config: PrepareConfig, wanted: Wanted) -> None:
+    """Look at the beginning of every file, and at all of benchmarks and prompts, so that what is
+    wrong there is named before any worker starts."""
+    for named in wanted.values():
+        for source in named.values():
+            if isinstance(source, FileSource):
+                source.check()
+    check_mix(config.mix, list(wanted.get("pretrain", {})))
+    _benchmarks(config)
     file_prompts(config.prompts)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
 
 
-def prepare(config: PrepareConfig, wanted: dict[Part, Source], run: RunDirectory) -> None:
-    """Write tokenizer, rows and prompts into the run's folder. A part that is there is kept."""
-    folder = run.path
-    tokenizer = _tokenizer(config, wanted, folder / "tokenizer")
-    summary: dict[str, object] = {"vocabulary": tokenizer.vocab_size}
-    for part, source in wanted.items():
-        if not (folder / part / "heldout" / "manifest.json").is_file():
-            manifests = _write_rows(config, part, source, tokenizer, folder)
-        else:
-            continue
-        for split, manifest in manifests.items():
-            summary[f"{part}/{split}"] = manifest.rows
-            print(
-                f"{part}/{split}: {manifest.rows} rows, {manifest.tokens} tokens, "
-                f"{manifest.dropped} records dropped"
+def prepare(config: PrepareConfig, wanted: Wanted, run: RunDirectory) -> None:
+    """Write tokenizer, rows and prompts into the run's folder. What an earlier attempt finished is
+    not done again.
+
+    Raises `ValueError` for a malformed record, a full disk, input that is not that of the earlier
+    attempt, or where too little is left of it.
+    """
+    if run.is_finished:
+        _remove_work(run)
+        return
+    preparation = Preparation(config, wanted, run.path)
+    work = preparation.work
+    with full_disk_named(run.path):
+        work.make()
+        _check_input(preparation)
+        if config.benchmarks:
+            _benchmarks(config).save(work.benchmarks)
+        cleaned = clean(preparation)
+        tokenizer = _tokenizer(preparation, cleaned)
+        encoded = encode(preparation, cleaned, tokenizer)
+        manifests = assemble(preparation, encoded, tokenizer)
+        _write_prompts(preparation)
+        rows = {name: manifest.rows for name, manifest in manifests.items()}
+        run.finish({"vocabulary": tokenizer.vocab_size, **rows})
+        _remove_work(run)  # last, since half of it would mislead the next attempt
+    for name, manifest in manifests.items():
+        print(shown(name, manifest))
+    print(f"Prepared data in {run.path}.")
+
+
+def _remove_work(run: RunDirectory) -> None:
+    shutil.rmtree(run.path / WORK, ignore_errors=True)
+
+
+def shown(name: str, manifest: Manifest) -> str:
+    """What a manifest says, for a person."""
+    lines = [
+        f"{name}: {manifest.rows} rows, {manifest.tokens} tokens, "
+        f"{manifest.dropped} records dropped"
+    ]
+    if name.endswith("/train"):
+        for source, counts in manifest.sources.items():
+            reasons = "; ".join(f"{count} {reason}" for reason, count in counts.dropped.items())
+            lines.append(
+                f"  {source}: {counts.share:.1%} of the tokens, {counts.passes:g} passes"
+                + (f", dropped: {reasons}" if reasons else "")
             )
-    _write_prompts(config, wanted, folder / "prompts")
-    run.finish(summary)
-    print(f"Prepared data in {folder}.")
+    return "\n".join(lines)
 
 
-def _tokenizer(config: PrepareConfig, wanted: dict[Part, Source], folder: Path) -> Tokenizer:
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
-        tokenizer.save(folder)
-        return tokenizer
+def _check_input(preparation: Preparation) -> None:
+    """Raise `ValueError` where files are not those of the attempt that is continued."""
+    sizes = {
+        str(path): path.stat().st_size
+        for named in preparation.wanted.values()
+        for source in named.values()
+        if isinstance(source, FileSource)
+        for path in source.files
+    }
+    path = preparation.work.path / "input.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        for name in before | sizes:
+            if before.get(name) != sizes.get(name):
+                raise ValueError(
+                    f"{name} is not what it was when the preparation in {preparation.folder} "
+                    "began; put it back, or prepare under another name."
+                )
+        return
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(sizes))
+    os.replace(unfinished, path)
+
+
+def _benchmarks(config: PrepareConfig) -> Decontamination:
+    texts: dict[str, list[str]] = {}
+    for path in config.benchmarks:
+        texts.setdefault(path.name.partition(".")[0], []).extend(benchmark_texts(path))
+    return Decontamination(texts)
+
+
+def _tokenizer(preparation: Preparation, cleaned: Counts) -> Tokenizer:
+    """The tokenizer given, or a small one; in the run's folder, whole or not at all."""
+    config, folder = preparation.config, preparation.folder / "tokenizer"
     if not folder.is_dir():
-        texts = list(islice(_texts(wanted, file_prompts(config.prompts)), TOKENIZER_SAMPLE))
-        train_tokenizer(texts, config.vocab_size, folder)
+        unfinished = preparation.work.path / "tokenizer"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if config.tokenizer is not None:
+            load_tokenizer(config.tokenizer).save(unfinished)
+        else:
+            train_tokenizer(_texts(preparation, cleaned), config.vocab_size, unfinished)
+        os.replace(unfinished, folder)
     return load_tokenizer(folder)
 
 
-def _texts(wanted: dict[Part, Source], prompts: Sequence[Prompt]) -> Iterator[str]:
-    """Texts for the tokenizer: the first part of every source, and of prompts where that is all."""
-    for source in wanted.values():
-        for record in source.part(0):
-            if isinstance(record, Document):
-                yield record.text
-            elif isinstance(record, Dialogue):
-                yield " ".join(f"[INST] {message.content} [/INST]" for message in record.messages)
-            elif isinstance(record, Comparison):
-                yield from (record.chosen, record.rejected)
-    yield from (message.content for prompt in prompts for message in prompt.messages)
+def _texts(preparation: Preparation, cleaned: Counts) -> Iterator[str]:
+    """Texts for the tokenizer: the beginning of every source, and of prompts where that is all."""
+    several = [
+        _beginning(preparation, kind, name, cleaned)
+        for kind, named in preparation.wanted.items()
+        for name in named
+    ]
+    for records in several:
+        room = TOKENIZER_CHARACTERS // len(several)
+        for record in islice(records, TOKENIZER_RECORDS // len(several)):
+            for text in _said(record):
+                yield text[:room]
+                room -= len(text)
+            if room <= 0:
+                break
+    for prompt in file_prompts(preparation.config.prompts):
+        yield from (message.content for message in prompt.messages)
 
 
-def _write_rows(
-    config: PrepareConfig, part: Part, source: Source, tokenizer: Tokenizer, folder: Path
-) -> dict[str, Manifest]:
-    empty = Manifest(KINDS[part], tokenizer.fingerprint, config.context)
-    writers = {split: ShardWriter(folder / part / split, empty) for split in ("train", "heldout")}
-    packers = {split: _Packer(writer, config.context) for split, writer in writers.items()}
-    produce = partial(encode_part, source, folder / "tokenizer", config.context)
-    dropped, seen = 0, 0
-    for row in stream(source.parts, produce, config.cpus):
-        encoded = decode_row(row)
-        if not encoded.sequences:
-            dropped += 1
+def _beginning(
+    preparation: Preparation, kind: Part, name: str, cleaned: Counts
+) -> Iterator[Usable | Skipped]:
+    """The records of a source's first part that has any."""
+    for part in preparation.parts:
+        if (part.kind, part.name) != (kind, name):
             continue
-        # The very first goes to evaluation, so that the smallest data set has something there.
-        held_out = seen == 0 or is_held_out(encoded.key, config.heldout_share)
-        packers["heldout" if held_out else "train"].add(encoded)
-        seen += 1
-    for packer in packers.values():
-        packer.flush()
-    return {split: writer.close(dropped) for split, writer in writers.items()}
-
-
-class _Packer:
-    """Packs a window of documents at a time; pairs are rows of their own."""
-
-    def __init__(self, writer: ShardWriter, context: int) -> None:
-        self._writer, self._context = writer, context
-        self._window: list[TokenSequence] = []
-        self._tokens = 0
-
-    def add(self, encoded: Encoded) -> None:
-        if self._writer.manifest.kind == "preference":
-            self._writer.add(encoded.sequences, encoded.rating, encoded.safety)
+        counts = cleaned.get(part.number)
+        if counts is None:
+            yield from part.records()
             return
-        self._window.extend(encoded.sequences)
-        self._tokens += sum(len(sequence.tokens) for sequence in encoded.sequences)
-        if self._tokens >= WINDOW * self._context:
-            self.flush()
+        if counts["records"] > sum(counts["dropped"].values()):
+            yield from read_lines(preparation.work.records(part), kind)
+            return
 
-    def flush(self) -> None:
-        places = [len(sequence.tokens) - 1 for sequence in self._window]
-        for row in best_fit(places, self._context):
-            self._writer.add([self._window[i] for i in row])
-        self._window, self._tokens = [], 0
+
+def _said(record: Usable | Skipped) -> Iterator[str]:
+    if isinstance(record, Document):
+        yield record.text
+    elif isinstance(record, Dialogue):
+        yield " ".join(f"[INST] {message.content} [/INST]" for message in record.messages)
+    elif isinstance(record, Comparison):
+        yield from (record.chosen, record.rejected)
 
 
 def file_prompts(paths: Sequence[Path]) -> list[Prompt]:
@@ -215,16 +265,18 @@ def split_prompts(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt]
     return split
 
 
-def _write_prompts(config: PrepareConfig, wanted: dict[Part, Source], folder: Path) -> None:
+def _write_prompts(preparation: Preparation) -> None:
+    config, wanted = preparation.config, preparation.wanted
     if config.prompts:
         train, heldout = split_prompts(file_prompts(config.prompts), config.heldout_share)
         world_seed = None
-    elif any(isinstance(source, WorldSource) for source in wanted.values()):
+    elif any(isinstance(source, WorldSource) for n in wanted.values() for source in n.values()):
         world_seed = config.world_seed
         train = world_prompts(world_seed, "train", config.world_prompts, draw=1)
         heldout = world_prompts(world_seed, "heldout", config.world_heldout_prompts, draw=2)
     else:
         return
+    folder = preparation.folder / "prompts"
     folder.mkdir(exist_ok=True)
     for name, prompts in (("train", train), ("heldout", heldout)):
         lines = (

@@ -10,7 +10,8 @@ from typing import Literal
 
 from cluster.engine import EngineConfig
 from cluster.placement import Workers, fast_bfloat16
-from jobs.configs import PPOConfig, PrepareConfig, PretrainConfig, RewardModelConfig, SftConfig
+from jobs.configs import PPOConfig, PretrainConfig, RewardModelConfig, SftConfig
+from jobs.prepare_config import PrepareConfig
 from llama2.config import SIZES
 from llama2.ppo import PPOSettings
 
@@ -39,7 +40,7 @@ def tiny() -> Preset:
     small = Workers(cpus=0.1)
     reward = RewardModelConfig(
         kind="helpfulness", model=model, engine=engine, workers=pair,
-        peak_lr=1e-3, warmup_steps=10, epochs=1, batch_rows=64, micro_batch_rows=32,
+        peak_lr=1e-3, warmup_steps=10, epochs=1, batch_rows=64, micro_batch_tokens=8192,
         eval_rows=512, eval_every=50, save_every=200,
     )  # fmt: skip
     return Preset(
@@ -48,12 +49,12 @@ def tiny() -> Preset:
         ),
         pretrain=PretrainConfig(
             model=model, engine=engine, workers=pair, peak_lr=4e-3,
-            warmup_steps=20, epochs=1, batch_rows=16, micro_batch_rows=8,
+            warmup_steps=20, epochs=1, batch_rows=16, micro_batch_tokens=2048,
             eval_rows=64, eval_every=100, save_every=200,
         ),
         sft=SftConfig(
             model=model, engine=engine, workers=pair, peak_lr=1e-3,
-            warmup_steps=10, epochs=2, batch_rows=8, micro_batch_rows=4,
+            warmup_steps=10, epochs=2, batch_rows=8, micro_batch_tokens=1024,
             eval_rows=32, eval_every=50, save_every=200,
         ),
         helpfulness=reward,
@@ -76,19 +77,19 @@ def _paper(size: Literal["7b", "13b", "34b", "70b"], gpus: int) -> Preset:
     reward = RewardModelConfig(
         preset=size, kind="helpfulness", model=model, engine=engine,
         workers=group, peak_lr=5e-6 if size == "70b" else 1e-5, warmup_steps=0, epochs=1,
-        batch_rows=512, micro_batch_rows=1, activation_checkpointing=True, eval_rows=1024,
+        batch_rows=512, micro_batch_tokens=8192, activation_checkpointing=True, eval_rows=1024,
     )  # fmt: skip
     return Preset(
         prepare=PrepareConfig(preset=size, vocab_size=32_000, context=4096),
         pretrain=PretrainConfig(
             preset=size, model=model, engine=engine, workers=group,
             peak_lr=1.5e-4 if large else 3e-4, warmup_steps=2000, steps=500_000,
-            batch_rows=1024, micro_batch_rows=1, activation_checkpointing=True,
+            batch_rows=1024, micro_batch_tokens=4096, activation_checkpointing=True,
             eval_rows=1024, eval_every=1000, save_every=1000,
         ),
         sft=SftConfig(
             preset=size, model=model, engine=engine, workers=group,
-            peak_lr=2e-5, epochs=2, batch_rows=64, micro_batch_rows=1,
+            peak_lr=2e-5, epochs=2, batch_rows=64, micro_batch_tokens=4096,
             activation_checkpointing=True, save_every=100,
         ),
         helpfulness=reward,

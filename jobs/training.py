@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from actors.encoder import Part
+from actors.steps import MicroBatches
 from actors.trainer import TrainTask, train
 from cluster.placement import check_capacity
 from cluster.report import write_report
@@ -13,26 +14,26 @@ from cluster.run_directory import RunDirectory
 from cluster.session import session
 from cluster.training import run_workers
 from jobs import cli
-from jobs.configs import PrepareConfig, RewardModelConfig, TrainConfig
+from jobs.configs import RewardModelConfig, TrainConfig
 from jobs.prepare import check, prepare, sources
+from jobs.prepare_config import PrepareConfig
 from llama2.checkpoint import check_folder
 from llama2.config import ModelConfig
 from llama2.schedules import Schedule
-from llama2.shards import Shards, read_manifest
+from llama2.sequence_parallel import check_degree, groups
+from llama2.shards import Shards
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 Stage = Literal["pretrain", "sft", "reward_model"]
 # What may differ when a run is continued: it does not change what the run computes.
 MAY_CHANGE = (
-    "cluster",
-    "runs",
-    "wandb_project",
-    "workers.cpus",
-    "workers.gpus",
-    "workers.threads",
-    "save_every",
-    "micro_batch_rows",
-)
+    "cluster", "runs", "wandb_project", "workers", "sequence_parallel", "save_every",
+    "keep_checkpoints", "verify_data", "on_bad_loss", "micro_batch_tokens",
+    "activation_checkpointing", "engine.zero_stage", "engine.offload_optimizer",
+    "engine.offload_parameters", "engine.nvme_path",
+)  # fmt: skip
+
+VERIFIED_BYTES = 1 << 33  # read in seconds to a minute
 
 
 @dataclass(frozen=True)
@@ -61,15 +62,11 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
     tokenizer = None if known is None else load_tokenizer(known)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
-    if config.batch_rows % config.workers.count:
-        raise ValueError(
-            f"batch_rows {config.batch_rows} cannot be shared evenly by {config.workers.count} "
-            "workers; change one of them."
-        )
+    check_settings(config, model, start)
     if inputs.raw is not None:
         check(inputs.raw, sources(inputs.raw))
     else:
-        _check_rows(inputs.data, model, tokenizer)
+        _check_rows(config, inputs.data, model, tokenizer)
     if run.config.exists():  # told before a cluster starts
         run.open(cli.plain(config), may_change=MAY_CHANGE)
     with session(config.cluster):
@@ -78,12 +75,37 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
         if inputs.raw is not None:
             prepared = RunDirectory(run.path, "data")
             prepare(inputs.raw, sources(inputs.raw), prepared)
-            _check_rows(inputs.data, model, load_tokenizer(inputs.tokenizer))
+            _check_rows(config, inputs.data, model, load_tokenizer(inputs.tokenizer))
         task = _task(config, stage, inputs, model, run, start)
         print(f"{run.name}: {task.schedule.steps} steps of {config.batch_rows} rows", flush=True)
         run_workers(train, task, config.workers, run)
     write_report(run, f"{run.name}: {stage.replace('_', ' ')}")
     print(f"{run.name}: the model is in {run.model}, the report is {run.report}.")
+
+
+def check_settings(config: TrainConfig, model: ModelConfig, start: Path | None) -> None:
+    """Raise `ValueError` for numbers that do not go together, or not with the model."""
+    check_degree(model, config.sequence_parallel)
+    shares = len(groups(config.workers.count, config.sequence_parallel))
+    if config.batch_rows < shares:
+        raise ValueError(
+            f"batch_rows {config.batch_rows} leaves some of {shares} workers (or sequence groups) "
+            "without a row; change one of them."
+        )
+    for name in ("batch_rows", "micro_batch_tokens", "eval_rows", "save_every", "keep_checkpoints"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}.")
+    for name in ("seed", "steps", "warmup_steps", "eval_every", "patience"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must not be negative, as {getattr(config, name)} is.")
+    if config.patience and not config.eval_every:
+        raise ValueError(
+            "patience counts evaluations, and eval_every 0 makes them at the end only; set it."
+        )
+    if config.lora.rank and start is None:
+        raise ValueError(
+            "LoRA trains updates of a model that is there; give --start, or leave --lora.rank 0."
+        )
 
 
 def _part(config: TrainConfig, stage: Stage) -> Part:
@@ -129,20 +151,24 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def _check_rows(folder: Path, model: ModelConfig, tokenizer: Tokenizer | None) -> None:
+def _check_rows(
+    config: TrainConfig, folder: Path, model: ModelConfig, tokenizer: Tokenizer | None
+) -> None:
     for split in ("train", "heldout"):
-        manifest = read_manifest(folder / split)
-        if manifest.context > model.max_position_embeddings:
+        shards = Shards(folder / split)
+        if shards.manifest.context > model.max_position_embeddings:
             raise ValueError(
-                f"{folder} has rows of up to {manifest.context} tokens and the model's context is "
-                f"{model.max_position_embeddings}; prepare it with --context "
+                f"{folder} has rows of up to {shards.manifest.context} tokens and the model's "
+                f"context is {model.max_position_embeddings}; prepare it with --context "
                 f"{model.max_position_embeddings}."
             )
-        if tokenizer is not None and manifest.tokenizer != tokenizer.fingerprint:
+        if tokenizer is not None and shards.manifest.tokenizer != tokenizer.fingerprint:
             raise ValueError(
                 f"{folder} was written with another tokenizer than the model's; prepare it again "
                 "with --tokenizer naming the model's folder."
             )
+        if config.verify_data or shards.bytes <= VERIFIED_BYTES:
+            shards.verify()
 
 
 def _task(
@@ -169,11 +195,16 @@ def _task(
         schedule=Schedule(config.peak_lr, steps, warmup, config.schedule),
         tokenizer=inputs.tokenizer.absolute(),
         batch_rows=config.batch_rows,
-        micro_batch_rows=config.micro_batch_rows,
+        micro_batches=MicroBatches(config.micro_batch_tokens, config.sequence_parallel),
         eval_rows=config.eval_rows,
         eval_every=config.eval_every,
         save_every=config.save_every,
+        keep_checkpoints=config.keep_checkpoints,
+        patience=config.patience,
+        keep_best=config.patience > 0 if config.keep_best is None else config.keep_best,
+        on_bad_loss=config.on_bad_loss,
         seed=config.seed,
+        lora=config.lora,
         margin=config.margin if isinstance(config, RewardModelConfig) else "none",
         activation_checkpointing=config.activation_checkpointing,
         wandb_project=config.wandb_project,

@@ -40,18 +40,21 @@ class _CausalAttention(torch.autograd.Function):
         query_MTK, key_MTK, value_MTK, *weights = ctx.saved_tensors
         grad_mixed_MTK = _flat(gradients[0])
         grad_query = torch.empty_like(gradients[0], memory_format=torch.contiguous_format)
-        # Blocks add up in float32.
-        grad_key_MTK = torch.zeros_like(key_MTK, dtype=torch.float32)
-        grad_value_MTK = torch.zeros_like(value_MTK, dtype=torch.float32)
-        blocks = _blocks(key_MTK.shape[1])
-        for (start, end), weights_MTL in zip(blocks, weights, strict=True):
+        grad_key_MTK = grad_value_MTK = torch.empty(0)
+        blocks = list(zip(_blocks(key_MTK.shape[1]), weights, strict=True))
+        for (start, end), weights_MTL in reversed(blocks):
             grad_block = grad_mixed_MTK[:, start:end]
-            grad_value_MTK[:, :end] += torch.bmm(weights_MTL.transpose(1, 2), grad_block)
             grad_weights = torch.bmm(grad_block, value_MTK[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(
                 grad_weights, weights_MTL, -1, weights_MTL.dtype
             )
-            grad_key_MTK[:, :end] += torch.bmm(grad_scores.transpose(1, 2), query_MTK[:, start:end])
+            to_value = torch.bmm(weights_MTL.transpose(1, 2), grad_block)
+            to_key = torch.bmm(grad_scores.transpose(1, 2), query_MTK[:, start:end])
+            if end == key_MTK.shape[1]:
+                grad_key_MTK, grad_value_MTK = to_key.float(), to_value.float()
+            else:  # blocks add up in float32
+                grad_key_MTK[:, :end] += to_key
+                grad_value_MTK[:, :end] += to_value
             scaled = torch.bmm(grad_scores, key_MTK[:, :end]).mul_(key_MTK.shape[-1] ** -0.5)
             _put(grad_query, start, scaled)
         grad_key, grad_value = torch.empty_like(grad_query), torch.empty_like(grad_query)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 KEPT_BYTES = 1 << 29
 """Most that the forward pass keeps for the backward pass, in bytes; beyond it is computed again."""
-CHUNK_LOGITS = 1 << 24
-"""Logits that are computed at a time, where none are kept."""
-WIDE_LOGITS = {"cpu": 1 << 21, "cuda": 1 << 26}
+CHUNK_LOGITS = 1 << 25
+"""Logits that are computed at a time."""
+WIDE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are held in float32 at a time; a CPU's cache should hold them."""
 
 
@@ -39,12 +39,15 @@ class _SelectedLogProbs(torch.autograd.Function):
         room = KEPT_BYTES // (len(weight_VD) * hidden_ND.element_size()) if keep else 0
         kept = min(len(hidden_ND), room)
         error_KV = hidden_ND.new_empty(kept, len(weight_VD))
-        torch.mm(hidden_ND[:kept], weight_VD.T, out=error_KV)
-        logprobs = [_replace_by_error(error_KV, targets_N[:kept])]
-        for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+        size = CHUNK_LOGITS // len(weight_VD)
+        logprobs = []
+        for rows in _chunks(0, kept, size):
+            torch.mm(hidden_ND[rows], weight_VD.T, out=error_KV[rows])
+            logprobs.append(_replace_by_error(error_KV[rows], targets_N[rows]))
+        for rows in _chunks(kept, len(hidden_ND), size):
             logprobs.append(_replace_by_error(hidden_ND[rows] @ weight_VD.T, targets_N[rows]))
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, error_KV)
-        return torch.cat(logprobs)
+        return torch.cat([*logprobs, hidden_ND.new_empty(0, dtype=torch.float32)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:

@@ -29,20 +29,70 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def balance(lengths: Sequence[int], shares: int) -> list[list[int]]:
-    """Deal indices into `shares` parts of equal count whose token totals are close.
+    """Deal indices into `shares` parts whose token totals are close and whose counts differ by one
+    at most.
 
-    Longest first, back and forth over the parts. Raises `ValueError` unless the parts come out
-    even.
+    Round by round, longest first: a round's longest goes to the part with the fewest tokens so far.
+    Totals differ by no more than the lengths of one round do, and so by the longest at most.
     """
-    if len(lengths) % shares:
-        raise ValueError(f"{len(lengths)} sequences cannot be dealt evenly to {shares} shares.")
     parts: list[list[int]] = [[] for _ in range(shares)]
+    totals = [0] * shares
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    for turn, start in enumerate(range(0, len(order), shares)):
-        dealt = order[start : start + shares]
-        for part, index in zip(parts, dealt if turn % 2 == 0 else dealt[::-1], strict=True):
-            part.append(index)
+    for start in range(0, len(order), shares):
+        lightest = sorted(range(shares), key=lambda part: totals[part])
+        for index, part in zip(order[start : start + shares], lightest, strict=False):
+            parts[part].append(index)
+            totals[part] += lengths[index]
     return parts
+
+
+def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices by micro-batch: rows times the longest row stay within `budget` tokens, unless a
+    single row is longer.
+
+    Longest first, so that rows of like length are padded together; no other cut of that order
+    makes fewer.
+    """
+    found: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if room < 1:
+            found.append([])
+            room = max(1, budget // max(1, lengths[index]))
+        found[-1].append(index)
+        room -= 1
+    return found
+
+
+def deal(lengths: Sequence[int], shares: int, budget: int) -> list[list[list[int]]]:
+    """A batch's indices by share and micro-batch: totals are balanced, all shares have equally
+    many micro-batches, and each keeps to `budget` as in `micro_batches`.
+
+    A share that could do with fewer halves its largest; one with too few rows for that ends with
+    empty micro-batches.
+    """
+    parts = balance(lengths, shares)
+    dealt = [
+        [[part[i] for i in micro] for micro in micro_batches([lengths[i] for i in part], budget)]
+        for part in parts
+    ]
+    wanted = max(len(share) for share in dealt)
+    return [_split(share, lengths, wanted) for share in dealt]
+
+
+def _split(share: list[list[int]], lengths: Sequence[int], wanted: int) -> list[list[int]]:
+    while len(share) < wanted:
+        place = max(
+            range(len(share)),
+            key=lambda i: (len(share[i]) > 1, len(share[i]) * max(lengths[j] for j in share[i])),
+            default=-1,
+        )
+        if place < 0 or len(share[place]) < 2:
+            return share + [[]] * (wanted - len(share))
+        rows = share[place]
+        half = (len(rows) + 1) // 2
+        share = [*share[:place], rows[:half], rows[half:], *share[place + 1 :]]
+    return share
 
 
 def shuffled(index: int, size: int, seed: int) -> int:

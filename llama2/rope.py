@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, H heads, K head width.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,13 +32,34 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 def rotation(
     positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, K] that turn queries and keys to their positions."""
+    """Cosines and sines [B, T, 1, K/2] that turn queries and keys to their positions."""
     angles = positions_BT[:, :, None, None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x_BTHK, cos, sin, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradients[0], cos, sin, -1.0), None, None
+
+
+def _turned(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    (first, second), turned = x_BTHK.chunk(2, dim=-1), torch.empty_like(x_BTHK)
+    new_first, new_second = turned.chunk(2, dim=-1)
+    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=sign)
+    return turned
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + K/2]) by its angle (RoFormer, equation 34)."""
-    first, second = x_BTHK.chunk(2, dim=-1)
-    return x_BTHK * cos + torch.cat((-second, first), dim=-1) * sin
+    turned_BTHK: Tensor = _Rotate.apply(x_BTHK, cos, sin)
+    return turned_BTHK

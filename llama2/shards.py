@@ -1,32 +1,49 @@
-"""Prepared data on disk: memory-mapped arrays and a manifest.
+"""Prepared data on disk: shards and a manifest.
 
-A folder holds rows; a row holds sequences; a sequence holds tokens. Pretraining and SFT rows are
-packed documents; a preference row is a pair, chosen first. Arrays are flat and little-endian, so a
-row is found by arithmetic and nothing is read that is not asked for.
+A folder holds `manifest.json` and the shards that it lists, each a file of `llama2/shard_files.py`.
+Pretraining and SFT rows are packed documents, each a sequence of its own; a preference row is a
+pair, chosen first.
 """
 
 import json
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
-import numpy as np
+import xxhash
 
 from llama2.batches import TokenSequence
+from llama2.shard_files import Shard, ShardFile, ShardReader, TokenLayout, file_hash
 
 Kind = Literal["pretrain", "sft", "preference"]
-_FILES = {
-    "tokens": "<u4",
-    "targets": "|b1",
-    "sequence_ends": "<i8",
-    "row_ends": "<i8",
-    "row_targets": "<i4",
-    "ratings": "|i1",
-    "safety": "|i1",
-}
+FORMAT = 2
+MOST_OPEN = 128  # each open shard takes a file handle, of which a process has about a thousand
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What became of one source."""
+
+    records: int = 0
+    """Records read, of both splits, those dropped included."""
+    documents: int = 0
+    """Records in the rows of this split, as often as they are there."""
+    tokens: int = 0
+    """Their tokens."""
+    passes: float = 1.0
+    """How often the source is gone through: whole passes, and a last one over a share of it."""
+    weight: float | None = None
+    """What the mix asked for; None without a mix."""
+    share: float = 0.0
+    """Share of this split's tokens."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Records of both splits that are in neither, by reason."""
 
 
 @dataclass(frozen=True)
@@ -43,121 +60,166 @@ class Manifest:
     tokens: int = 0
     targets: int = 0
     dropped: int = 0
-    """Records that could not be used: too long, degenerate, or excluded by their label."""
+    """Records that are in neither split: `sources` has the reasons."""
+    layout: TokenLayout = field(default_factory=TokenLayout)
+    shards: tuple[Shard, ...] = ()
+    sources: dict[str, SourceCounts] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def with_shards(self, shards: Sequence[Shard]) -> "Manifest":
+        """The same with these shards, and the totals over them."""
+        return replace(
+            self,
+            shards=tuple(shards),
+            rows=sum(shard.rows for shard in shards),
+            sequences=sum(shard.sequences for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            targets=sum(shard.targets for shard in shards),
+        )
+
+    def text(self) -> str:
+        """The content of `manifest.json`."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder. Raises `ValueError` where there is none, it is malformed,
+    or its format is another one."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is not a prepared data folder: it has no manifest.json.")
+    try:
+        content = json.loads(path.read_text())
+        if content.get("format") != FORMAT:
+            raise ValueError(
+                f"{path} has the format {content.get('format', 1)} and this version reads {FORMAT};"
+                " prepare the data again."
+            )
+        named = {item.name: content[item.name] for item in fields(Manifest)}
+        named["layout"] = TokenLayout(**named["layout"])
+        named["shards"] = tuple(Shard(**shard) for shard in named["shards"])
+        named["sources"] = {
+            name: SourceCounts(**counts) for name, counts in named["sources"].items()
+        }
+        return Manifest(**named)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a manifest of prepared data: {error}.") from error
+
+
+def shard_name(number: int) -> str:
+    """File name of a folder's shard, counted from 0."""
+    return f"shard-{number:05d}.bin"
 
 
 class ShardWriter:
-    """Writes a prepared folder; it appears under its name only when `close` succeeds."""
+    """Writes a prepared folder of one shard; it appears under its name only when `close`
+    succeeds."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder, self.manifest = folder, manifest
         self._part = folder.with_name(folder.name + ".part")
         shutil.rmtree(self._part, ignore_errors=True)
         self._part.mkdir(parents=True)
-        self._files: dict[str, IO[bytes]] = {
-            name: (self._part / f"{name}.bin").open("wb") for name in _FILES
-        }
-        self._counts = {"rows": 0, "sequences": 0, "tokens": 0, "targets": 0}
+        self._file = ShardFile(self._part / shard_name(0), manifest.layout)
 
     def add(self, row: Sequence[TokenSequence], rating: int = -1, safety: int = -1) -> None:
         """Append a row. rating: 0 (negligibly) to 3 (significantly better); safety: label; -1:
         none."""
-        row_targets = 0
-        for sequence in row:
-            self._write("tokens", sequence.tokens)
-            self._write("targets", sequence.is_target)
-            row_targets += int(sequence.is_target[1:].sum())
-            self._counts["tokens"] += len(sequence.tokens)
-            self._write("sequence_ends", self._counts["tokens"])
-        self._counts["sequences"] += len(row)
-        self._counts["rows"] += 1
-        self._counts["targets"] += row_targets
-        self._write("row_ends", self._counts["sequences"])
-        self._write("row_targets", row_targets)
-        self._write("ratings", rating)
-        self._write("safety", safety)
-
-    def _write(self, name: str, values: Any) -> None:
-        self._files[name].write(np.asarray(values, dtype=_FILES[name]).tobytes())
+        self._file.add(row, rating, safety)
 
     def close(self, dropped: int = 0) -> Manifest:
         """Finish and return the manifest. Raises `ValueError` where not one row was added."""
-        for file in self._files.values():
-            file.close()
-        if not self._counts["rows"]:
+        shard = self._file.close()
+        if not shard.rows:
             raise ValueError(
                 f"No record of {self.folder.name} data could be used ({dropped} dropped); "
                 "check the input, or allow a longer context."
             )
-        manifest = Manifest(**{**asdict(self.manifest), **self._counts, "dropped": dropped})
-        (self._part / "manifest.json").write_text(json.dumps(asdict(manifest), indent=2))
+        manifest = replace(self.manifest.with_shards([shard]), dropped=dropped)
+        (self._part / "manifest.json").write_text(manifest.text())
         shutil.rmtree(self.folder, ignore_errors=True)
         os.replace(self._part, self.folder)
         return manifest
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder. Raises `ValueError` where there is none or it is
-    malformed."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} is not a prepared data folder: it has no manifest.json.")
-    try:
-        content = json.loads(path.read_text())
-        return Manifest(**{field.name: content[field.name] for field in fields(Manifest)})
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a manifest of prepared data: {error}.") from error
-
-
 class Shards:
-    """Reads a prepared folder. Raises `ValueError` where a file is not as long as the manifest
+    """Reads a prepared folder. Raises `ValueError` where a shard is not as long as the manifest
     says."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.manifest = read_manifest(folder)
-        counts = {
-            "tokens": self.manifest.tokens,
-            "targets": self.manifest.tokens,
-            "sequence_ends": self.manifest.sequences,
-        }
-        self._arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for name, dtype in _FILES.items():
-            path, count = folder / f"{name}.bin", counts.get(name, self.manifest.rows)
-            expected = count * np.dtype(dtype).itemsize
+        for shard in self.manifest.shards:
+            path, expected = folder / shard.name, shard.size(self.manifest.layout)
             if not path.is_file() or path.stat().st_size != expected:
                 raise ValueError(
                     f"{path} is missing or not {expected} bytes long, as its manifest says; "
                     "prepare the data again."
                 )
-            self._arrays[name] = np.memmap(path, dtype=dtype, mode="r")
+        self._ends = list(accumulate(shard.rows for shard in self.manifest.shards))
+        self._open = lru_cache(maxsize=MOST_OPEN)(self._reader)
 
     def __len__(self) -> int:
         return self.manifest.rows
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size(self.manifest.layout) for shard in self.manifest.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies this data: a hash of its manifest, which has the hashes of the shards."""
+        return xxhash.xxh3_128_hexdigest(self.manifest.text().encode())
+
+    def verify(self) -> None:
+        """Read every shard once. Raises `ValueError` naming the first whose hash is not the
+        manifest's."""
+        for shard in self.manifest.shards:
+            path = self.folder / shard.name
+            found = file_hash(path)
+            if found != shard.hash:
+                raise ValueError(
+                    f"{path} is damaged: its hash is {found} and its manifest says {shard.hash}; "
+                    "copy it again or prepare the data again."
+                )
+
     def row(self, index: int) -> list[TokenSequence]:
         """The sequences of row `index`."""
-        first, last = self._span("row_ends", index)
-        return [self._sequence(number) for number in range(first, last)]
-
-    def _sequence(self, number: int) -> TokenSequence:
-        first, last = self._span("sequence_ends", number)
-        return TokenSequence(
-            self._arrays["tokens"][first:last], self._arrays["targets"][first:last]
-        )
-
-    def _span(self, name: str, index: int) -> tuple[int, int]:
-        ends = self._arrays[name]
-        return (int(ends[index - 1]) if index else 0), int(ends[index])
+        reader, place = self._place(index)
+        return reader.row(place)
 
     def targets(self, rows: Sequence[int]) -> int:
         """How many tokens of these rows the loss asks for."""
-        return int(self._arrays["row_targets"][list(rows)].sum())
+        return sum(reader.targets(place) for reader, place in map(self._place, rows))
+
+    def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens that each row takes in a batch: a packed row all its documents' but their last
+        ones, a pair those of its longer sequence."""
+        return [self._length(index) for index in rows]
 
     def rating(self, index: int) -> int:
         """Rating of pair `index`: 0 (negligibly better) to 3 (significantly better), -1 without
         one."""
-        return int(self._arrays["ratings"][index])
+        reader, place = self._place(index)
+        return reader.rating(place)
 
     def safety(self, index: int) -> int:
         """Safety label of pair `index`, an index into `llama2.records`' labels, -1 without one."""
-        return int(self._arrays["safety"][index])
+        reader, place = self._place(index)
+        return reader.safety(place)
+
+    def _length(self, index: int) -> int:
+        reader, place = self._place(index)
+        lengths = reader.sequence_lengths(place)
+        return max(lengths) if self.manifest.kind == "preference" else sum(lengths) - len(lengths)
+
+    def _place(self, index: int) -> tuple[ShardReader, int]:
+        """The shard of row `index`, and the row's number in it."""
+        assert 0 <= index < len(self)
+        number = bisect_right(self._ends, index)
+        return self._open(number), index - (self._ends[number - 1] if number else 0)
+
+    def _reader(self, number: int) -> ShardReader:
+        shard = self.manifest.shards[number]
+        return ShardReader(self.folder / shard.name, shard, self.manifest.layout)

@@ -63,20 +63,24 @@ def find_duplicates(folder: Path, parts: int, bucket: int) -> None:
     path = _pairs(folder, bucket)
     if path.exists():
         return
-    files = [_read_signatures(folder, part) for part in range(parts)]
-    offsets = np.cumsum([0, *(file.shape[2] for file in files)])
+    # Files are opened one at a time: a process may hold only about a thousand.
+    counts = [_read_signatures(folder, part).shape[2] for part in range(parts)]
+    offsets = np.cumsum([0, *counts])
     ranges = max(1, -(-int(offsets[-1]) // _RECORDS_AT_A_TIME))
     # Hashes are uniform, so equal ranges of values hold about equally many.
     cuts = np.array([number * 2**64 // ranges for number in range(1, ranges)], np.uint64)
-    bounds = [[0, *np.searchsorted(file[0, bucket], cuts), file.shape[2]] for file in files]
+    bounds = [
+        [0, *np.searchsorted(_read_signatures(folder, part)[0, bucket], cuts), count]
+        for part, count in enumerate(counts)
+    ]
     with _whole(path) as handle:
         for number in range(ranges):
-            places = [slice(bound[number], bound[number + 1]) for bound in bounds]
-            bands = [file[0, bucket, place] for file, place in zip(files, places, strict=True)]
-            documents = [
-                file[1, bucket, place] + np.uint64(offset)
-                for file, place, offset in zip(files, places, offsets[:-1], strict=True)
-            ]
+            bands, documents = [], []
+            for part, bound in enumerate(bounds):
+                place = slice(bound[number], bound[number + 1])
+                hashes = _read_signatures(folder, part)[:, bucket, place]
+                bands.append(np.array(hashes[0]))
+                documents.append(hashes[1] + np.uint64(offsets[part]))
             handle.write(_equal(_joined(bands), _joined(documents)).tobytes())
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,20 +138,40 @@ def test_a_second_run_says_that_it_is_done(
     assert run.metrics.read_text() == before
 
 
-def test_a_killed_worker_changes_nothing(chain: Preset, runs: Path) -> None:
-    """SIGKILL to a learner's worker in mid-run: the group starts again from its last checkpoint."""
-    killed = replace(chain.ppo, name="ppo-killed", save_every=1)
-    finished = threading.Thread(target=ppo.main, args=(killed,))
+def run_and_kill(main: Callable[[], None], run: RunDirectory, steps: int) -> None:
+    """Run a job and kill one of its training workers as soon as so many steps are recorded."""
+    finished = threading.Thread(target=main)
     finished.start()
-    log = RunDirectory(runs, "ppo-killed").metrics
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text()):
-        assert time.monotonic() < deadline, "the first iteration takes too long"
-        time.sleep(0.1)
+    while not (run.metrics.exists() and run.metrics.read_text().count("\n") >= steps):
+        assert time.monotonic() < deadline, "the first steps take too long"
+        time.sleep(0.05)
     workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
     os.kill(workers[0].pid, signal.SIGKILL)
     finished.join(timeout=240)
     assert not finished.is_alive()
+
+
+def test_a_killed_training_gives_the_same_losses_to_the_bit(chain: Preset, runs: Path) -> None:
+    """It has evaluated and saved at other steps than those that are repeated."""
+    whole = replace(chain.sft, name="sft-whole", steps=60, eval_every=10, save_every=7)
+    sft.main(whole)
+    killed = replace(whole, name="sft-killed")
+    run_and_kill(lambda: sft.main(killed), RunDirectory(runs, "sft-killed"), steps=10)
+    speed = "targets_per_second"
+    before, after = (
+        [{name: x for name, x in line.items() if name != speed} for line in metrics(runs, name)]
+        for name in ("sft-whole", "sft-killed")
+    )
+    assert len(before) == 61
+    assert after == before
+    assert RunDirectory(runs, "sft-killed").summary() == RunDirectory(runs, "sft-whole").summary()
+
+
+def test_a_killed_worker_changes_nothing(chain: Preset, runs: Path) -> None:
+    """SIGKILL to a learner's worker in mid-run: the group starts again from its last checkpoint."""
+    killed = replace(chain.ppo, name="ppo-killed", save_every=1)
+    run_and_kill(lambda: ppo.main(killed), RunDirectory(runs, "ppo-killed"), steps=1)
     before, after = metrics(runs, "tiny-ppo"), metrics(runs, "ppo-killed")
     assert [line["step"] for line in after] == list(range(ITERATIONS + 1))
     same = ("loss", "value/loss", "reward/composite", "ppo/kl_from_initial", "ppo/entropy")
@@ -161,7 +181,7 @@ def test_a_killed_worker_changes_nothing(chain: Preset, runs: Path) -> None:
 
 def test_one_worker_and_other_splits_give_the_same_losses(chain: Preset, runs: Path) -> None:
     two = [line["loss"] for line in metrics(runs, "tiny-sft")[:4]]
-    alone = replace(chain.sft, name="alone", workers=Workers(count=1), micro_batch_rows=5)
+    alone = replace(chain.sft, name="alone", workers=Workers(count=1), micro_batch_tokens=700)
     sft.main(alone)
     one = [line["loss"] for line in metrics(runs, "alone")[:4]]
     assert one == pytest.approx(two, abs=2e-5)

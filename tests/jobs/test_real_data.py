@@ -33,7 +33,7 @@ def test_from_text_to_ppo(tmp_path: Path) -> None:
         reward_model.main(
             replace(
                 preset.safety, name="reward", start=chat.model, data=(PAIRS,),
-                batch_rows=8, micro_batch_rows=2, **brief,
+                batch_rows=8, micro_batch_tokens=1024, **brief,
             )
         )  # fmt: skip
         ppo.main(

@@ -1,10 +1,12 @@
 """Packing, balancing and orders, as arithmetic on lengths."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama2.packing import balance, best_fit, sample_order, shuffled
+from llama2.packing import balance, best_fit, deal, micro_batches, sample_order, shuffled
 
 
 def test_known_answer() -> None:
@@ -28,19 +30,80 @@ def test_packing_refuses_what_cannot_fit() -> None:
         best_fit([2, 5], capacity=4)
 
 
-@given(st.integers(1, 5), st.integers(1, 12), st.randoms())
-def test_balance_deals_all_evenly(shares: int, each: int, random) -> None:  # type: ignore[no-untyped-def]
-    lengths = [random.randint(1, 100) for _ in range(shares * each)]
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=60)
+
+
+def rounds_spread(lengths: list[int], shares: int) -> int:
+    """The most that the lengths of one round of dealing differ, an absent one counting 0."""
+    longest = sorted(lengths, reverse=True)
+    longest += [0] * (-len(longest) % shares)
+    turns = [longest[start : start + shares] for start in range(0, len(longest), shares)]
+    return max(turn[0] - turn[-1] for turn in turns)
+
+
+@given(LENGTHS, st.integers(1, 7))
+def test_balance_deals_all_with_close_totals(lengths: list[int], shares: int) -> None:
     parts = balance(lengths, shares)
     assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
+    counts = [len(part) for part in parts]
+    assert max(counts) - min(counts) <= 1
     totals = [sum(lengths[i] for i in part) for part in parts]
-    assert all(len(part) == each for part in parts)
-    assert max(totals) - min(totals) <= max(lengths)
+    assert max(totals) - min(totals) <= rounds_spread(lengths, shares) <= max(lengths)
 
 
-def test_balance_refuses_uneven_shares() -> None:
-    with pytest.raises(ValueError, match="3 sequences cannot be dealt evenly to 2"):
-        balance([1, 2, 3], 2)
+def test_balance_by_hand() -> None:
+    # 9 and 8 are dealt; then 7 goes to the 8 and 2 to the 9; then 1 to the lighter part.
+    assert balance([2, 9, 7, 1, 8], 2) == [[1, 0, 3], [4, 2]]
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_micro_batches_keep_to_the_budget(lengths: list[int], budget: int) -> None:
+    found = micro_batches(lengths, budget)
+    assert sorted(i for micro in found for i in micro) == list(range(len(lengths)))
+    for micro in found:
+        assert len(micro) == 1 or len(micro) * max(lengths[i] for i in micro) <= budget
+    # Greedy: a micro-batch with one more row, of those that come next, would not fit.
+    for micro, following in itertools.pairwise(found):
+        assert (len(micro) + 1) * max(lengths[i] for i in (*micro, following[0])) > budget
+
+
+def test_micro_batches_by_hand() -> None:
+    # Twice 10 is within 25, twice 7 with a third one is not; 30 is alone, too long as it is.
+    assert micro_batches([7, 10, 30, 10, 7, 7, 1], 25) == [[2], [1, 3], [0, 4, 5], [6]]
+
+
+@given(LENGTHS, st.integers(1, 7), st.integers(1, 400))
+def test_dealt_batches_are_whole_and_in_step(lengths: list[int], shares: int, budget: int) -> None:
+    dealt = deal(lengths, shares, budget)
+    assert len(dealt) == shares
+    assert sorted(i for share in dealt for micro in share for i in micro) == list(
+        range(len(lengths))
+    )
+    assert len({len(share) for share in dealt}) == 1
+    for share in dealt:
+        for micro in share:
+            assert len(micro) <= 1 or len(micro) * max(lengths[i] for i in micro) <= budget
+    # No more passes than the share that needs most.
+    needed = [len(micro_batches([lengths[i] for i in p], budget)) for p in balance(lengths, shares)]
+    assert len(dealt[0]) == max(needed)
+    # A pass is empty only where a share has fewer rows than there are passes.
+    for share in dealt:
+        rows = sum(map(len, share))
+        assert sum(not micro for micro in share) == max(0, len(share) - rows)
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_one_share_is_the_whole_batch(lengths: list[int], budget: int) -> None:
+    assert deal(lengths, 1, budget) == [micro_batches(lengths, budget)]
+
+
+def test_all_shares_make_as_many_passes_as_the_slowest() -> None:
+    # The shares are 9; 9 and 2; 2 and 2. Within 9 tokens the second needs two passes, so the third
+    # halves its one, and the first, of one row, waits in an empty one.
+    dealt = deal([9, 9, 2, 2, 2], 3, 9)
+    lengths = [9, 9, 2, 2, 2]
+    found = [[[lengths[i] for i in micro] for micro in share] for share in dealt]
+    assert sorted(found) == [[[2], [2]], [[9], []], [[9], [2]]]
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**31))

@@ -1,0 +1,93 @@
+"""What lies on disk between the tasks of a preparation."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from actors.sources import Part, SourcePart, Usable
+from llama2.chat import Message
+from llama2.records import Comparison, Dialogue, Document
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """The places, by part."""
+
+    path: Path
+
+    @property
+    def results(self) -> Path:
+        """Statistics of finished tasks."""
+        return self.path / "results"
+
+    @property
+    def benchmarks(self) -> Path:
+        """What evaluation sets hold."""
+        return self.path / "benchmarks.npz"
+
+    @property
+    def signatures(self) -> Path:
+        """What near-duplicates are found by."""
+        return self.path / "signatures"
+
+    @property
+    def tokens(self) -> Path:
+        """Tokenized records."""
+        return self.path / "tokens"
+
+    def records(self, part: SourcePart) -> Path:
+        """The cleaned records of a part, as JSON lines."""
+        return self.path / "records" / f"{part.number:06d}.jsonl"
+
+    def hashes(self, part: SourcePart) -> Path:
+        """A 128-bit hash of each of them, where repetitions are looked for word by word."""
+        return self.path / "hashes" / f"{part.number:06d}.npy"
+
+    def repeated(self, part: SourcePart) -> Path:
+        """Indices of those that repeat an earlier one."""
+        return self.path / "repeated" / f"{part.number:06d}.npy"
+
+    def make(self) -> None:
+        """Create the folders."""
+        for name in ("results", "signatures", "tokens", "records", "hashes", "repeated"):
+            (self.path / name).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which appears under its name only when the block ends without an error."""
+    # A killed attempt may still be writing: no two of them share an unfinished file.
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def record_line(record: Usable) -> bytes:
+    """A record as a line of JSON, without the place that it was read at."""
+    return json.dumps(asdict(record) | {"source": ""}).encode() + b"\n"
+
+
+def read_lines(path: Path, kind: Part) -> Iterator[Usable]:
+    """The records in a file of such lines."""
+    with path.open("rb") as file:
+        for line in file:
+            fields = json.loads(line)
+            if kind == "pretrain":
+                yield Document(**fields)
+            elif kind == "sft":
+                yield Dialogue(_messages(fields["messages"]), "")
+            else:
+                yield Comparison(**(fields | {"prompt": _messages(fields["prompt"])}))
+
+
+def _messages(values: Sequence[dict[str, Any]]) -> tuple[Message, ...]:
+    return tuple(Message(**value) for value in values)
