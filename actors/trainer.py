@@ -116,7 +116,7 @@ class Trainer:
         task, engine = self.task, self.engine
         with ExitStack() as stack:
             lead = training.rank() == 0
-            tracker = stack.enter_context(_tracker(task, engine.updates)) if lead else None
+            tracker = stack.enter_context(tracker_of(task, engine.updates)) if lead else None
             while True:
                 step, before = engine.updates, self.progress
                 metrics = self._evaluate(step)
@@ -125,7 +125,7 @@ class Trainer:
                 if self._is_due(step, ends):
                     self._save(step, before, metrics.get("eval/loss"))
                 if not ends:
-                    metrics |= self._step(step)
+                    metrics |= self.step(step)
                 if tracker is not None:
                     tracker.log(step, metrics)
                 if ends:
@@ -154,7 +154,8 @@ class Trainer:
         self.checkpoints.save(step, {"model": self.engine}, _state(progress), score)
         self.saved = step
 
-    def _step(self, step: int) -> dict[str, float]:
+    def step(self, step: int) -> dict[str, float]:
+        """The update of one global batch, or its omission. Returns what is to be recorded."""
         task = self.task
         rows = sample_order(step, task.batch_rows, len(self.shards), task.seed)
         training.seed_step(task.seed, step)
@@ -223,7 +224,8 @@ def train(task: TrainTask) -> None:
     trainer.finish(final)
 
 
-def _tracker(task: TrainTask, first_step: int) -> Tracker:
+def tracker_of(task: TrainTask, first_step: int) -> Tracker:
+    """Records a run's metrics from `first_step` on."""
     return Tracker(
         task.run,
         stage=task.run.name,

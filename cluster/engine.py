@@ -118,8 +118,10 @@ class Engine:
             model_parameters=groups,
             config=_settings(config, math.ceil(largest / self.world_size)),
         )
-        # Without ZeRO, `step` reduces and clips itself.
-        self._engine.enable_backward_allreduce = config.zero_stage > 0
+        # Without ZeRO, `step` reduces and clips itself; DeepSpeed's optimizer for bfloat16 would
+        # copy all gradients to a reduction with nobody.
+        alone = self.world_size == 1 and hasattr(self._engine.optimizer, "bf16_groups")
+        self._engine.enable_backward_allreduce = config.zero_stage > 0 and not alone
         self.updates = 0
         """Steps made: the position in the schedule."""
         self.applied = 0
@@ -271,6 +273,7 @@ def _settings(config: EngineConfig, largest: int) -> dict[str, Any]:
                 "betas": [config.beta1, config.beta2],
                 "eps": config.epsilon,
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "steps_per_print": 1_000_000_000,

@@ -21,7 +21,7 @@ from llama2.sequence_parallel import SequenceParallel
 class Layout(NamedTuple):
     """Where tokens stand and what they see, the same for every layer.
 
-    cos, sin: rotary angles, [B, T, 1, K/2]. documents: of a packed batch. mask: [B, 1, T, S], with
+    cos, sin: rotary angles, [B, T, H K]. documents: of a packed batch. mask: [B, 1, T, S], with
     a cache. With neither, every row is one document. parallel: ranks that share the rows' tokens.
     """
 

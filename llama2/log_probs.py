@@ -54,15 +54,16 @@ class _SelectedLogProbs(torch.autograd.Function):
         hidden_ND, weight_VD, targets_N, error_KV = ctx.saved_tensors
         kept = len(error_KV)
         less_N1 = -gradients[0][:, None]
-        weighted_ND = (hidden_ND * less_N1).to(hidden_ND.dtype)
+        # In float32 throughout: torch is slow at products of two precisions.
+        weighted_ND = (hidden_ND.float() * less_N1).to(hidden_ND.dtype)
         grad_hidden = torch.empty_like(hidden_ND)
-        grad_hidden[:kept] = (error_KV @ weight_VD) * less_N1[:kept]
+        grad_hidden[:kept] = (error_KV @ weight_VD).float() * less_N1[:kept]
         trained = ctx.needs_input_grad[1]
         grad_weight = error_KV.T @ weighted_ND[:kept] if trained else None
         for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
             error = hidden_ND[rows] @ weight_VD.T
             _replace_by_error(error, targets_N[rows])
-            grad_hidden[rows] = (error @ weight_VD) * less_N1[rows]
+            grad_hidden[rows] = (error @ weight_VD).float() * less_N1[rows]
             if grad_weight is not None:  # parts add up in float32
                 grad_weight = grad_weight.float().add_(error.T @ weighted_ND[rows])
         if grad_weight is not None:

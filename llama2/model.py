@@ -140,9 +140,8 @@ class Trunk(nn.Module):
             positions = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         # No buffer: an engine that casts the module to bf16 must not round the frequencies.
         frequencies = inverse_frequencies(self.config).to(tokens_BT.device)
-        return Layout(
-            *rotation(positions, frequencies, dtype), documents, mask, self.sequence_parallel
-        )
+        cos, sin = rotation(positions, frequencies, self.config.num_attention_heads, dtype)
+        return Layout(cos, sin, documents, mask, self.sequence_parallel)
 
 
 class Unembedding(nn.Linear):
@@ -152,6 +151,8 @@ class Unembedding(nn.Linear):
         if targets_BT is None:
             return F.linear(hidden_BTD, self.weight)
         wanted = targets_BT != IGNORE
+        if wanted.all():
+            return selected_log_probs(hidden_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
         return selected_log_probs(hidden_BTD[wanted], self.weight, targets_BT[wanted])
 
 

@@ -30,11 +30,17 @@ def _scale(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def rotation(
-    positions_BT: Tensor, frequencies: Tensor, dtype: torch.dtype
+    positions_BT: Tensor, frequencies: Tensor, heads: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, T, 1, K/2] that turn queries and keys to their positions."""
-    angles = positions_BT[:, :, None, None].float() * frequencies
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    """Cosines and sines [B, T, H K] that turn queries and keys to their positions.
+
+    They lie there once for every head, and sines of the first half of a head with a minus: in this
+    form turning takes two products over contiguous memory.
+    """
+    angles = positions_BT[:, :, None].float() * frequencies
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return cos.repeat(1, 1, heads), sin.repeat(1, 1, heads)
 
 
 class _Rotate(torch.autograd.Function):
@@ -43,23 +49,25 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x_BTHK, cos, sin, 1.0)
+        return _turned(x_BTHK, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(gradients[0], cos, sin, -1.0), None, None
+        return _turned(gradients[0], cos, sin, -1), None, None
 
 
-def _turned(x_BTHK: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    (first, second), turned = x_BTHK.chunk(2, dim=-1), torch.empty_like(x_BTHK)
-    new_first, new_second = turned.chunk(2, dim=-1)
-    torch.mul(first, cos, out=new_first).addcmul_(second, sin, value=-sign)
-    torch.mul(second, cos, out=new_second).addcmul_(first, sin, value=sign)
-    return turned
+def _turned(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    first, second = x_BTHK.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1).flatten(2)
+    return (x_BTHK.flatten(2) * cos).addcmul_(swapped, sin, value=direction).view(x_BTHK.shape)
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + K/2]) by its angle (RoFormer, equation 34)."""
-    turned_BTHK: Tensor = _Rotate.apply(x_BTHK, cos, sin)
+    """Turn each pair (x[i], x[i + K/2]) by its angle (RoFormer, equation 34).
+
+    cos, sin: of `rotation`, for as many heads as there are, or more.
+    """
+    width = x_BTHK.shape[2] * x_BTHK.shape[3]
+    turned_BTHK: Tensor = _Rotate.apply(x_BTHK, cos[..., :width], sin[..., :width])
     return turned_BTHK

@@ -114,7 +114,7 @@ def train_task(stage: Any, kind: Any = "cosine") -> TrainTask:
 
 def train_curve(task: TrainTask, steps: int = STEPS) -> Curve:
     trainer = Trainer(task)
-    lines = [trainer._step(step) for step in range(steps)]
+    lines = [trainer.step(step) for step in range(steps)]
     trainer.engine.close()
     return {name: [line[name] for line in lines] for name in ("loss", "grad_norm")}
 

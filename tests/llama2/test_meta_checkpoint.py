@@ -131,7 +131,7 @@ def test_meta_rows_are_reordered_as_its_rotation_wants() -> None:
         ).flatten(2)
         for i in range(2)
     ]
-    angles = rotation(torch.arange(5)[None], frequencies, torch.float32)
+    angles = rotation(torch.arange(5)[None], frequencies, 2, torch.float32)
     ours = [
         rotate((x[i] @ _half_split(weight[i], 2).T).view(1, 5, 2, 8), *angles)[0] for i in range(2)
     ]
