@@ -1,18 +1,24 @@
 # make ppo   from nothing to PPO on this machine
 # make test  the tests
+# make bench speed of training and preparation, side by side with Transformers; half an hour
 # Each sets up .venv first. PYTHON names the interpreter, 3.11 or 3.12.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 SHELL := /bin/sh
 
-.PHONY: ppo test check setup
+.PHONY: ppo test bench check setup
 
 ppo: setup
 	$(BIN)/python jobs/quickstart.py $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup
+	$(BIN)/python -m tests.benchmarks.training
+	$(BIN)/python -m tests.benchmarks.loop
+	$(BIN)/python -m tests.benchmarks.preparation
 
 # Style, types and the tests' own markers: what a change must pass besides `make test`.
 check: setup
