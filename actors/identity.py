@@ -2,7 +2,10 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from cluster.engine import EngineConfig
 
@@ -16,3 +19,17 @@ def identity(engine: EngineConfig, **others: Any) -> dict[str, Any]:
     numbers = {name: value for name, value in asdict(engine).items() if name not in PLACEMENT}
     found: dict[str, Any] = json.loads(json.dumps({"optimizer": numbers, **others}, default=asdict))
     return found
+
+
+def sampled_hash(folder: Path) -> str:
+    """xxh3-128 over sizes and 64 spread blocks of each weight file in `folder`: enough to tell one
+    training's result from another's without reading all of it."""
+    digest = xxhash.xxh3_128()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.pth")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for number in range(64):
+                file.seek(number * size // 64)
+                digest.update(file.read(1 << 14))
+    return digest.hexdigest()

@@ -278,15 +278,24 @@ def _iterate(learner: Learner, checkpoints: Checkpoints) -> None:
 
 
 def _learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
-    policy, critic = checkpoint.load(task.policy), checkpoint.load_scalar(task.critic)
+    policy, policy_weights = checkpoint.stream(task.policy)
+    critic, critic_weights = checkpoint.stream_scalar(task.critic)
     # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
-    torch.nn.init.zeros_(critic.score.weight)
+    critic_weights = (
+        (name, torch.zeros_like(weight) if name == "score.weight" else weight)
+        for name, weight in critic_weights
+    )
     for module in (policy, critic):
         module.model.activation_checkpointing = task.activation_checkpointing
     learner = Learner(
         task,
-        Policy(Engine(policy, task.engine, task.policy_schedule), task.ppo.clip_range),
-        Value(Engine(critic, task.engine, task.value_schedule), task.ppo.value_clip_range),
+        Policy(
+            Engine(policy, task.engine, task.policy_schedule, policy_weights), task.ppo.clip_range
+        ),
+        Value(
+            Engine(critic, task.engine, task.value_schedule, critic_weights),
+            task.ppo.value_clip_range,
+        ),
     )
     checkpoints = Checkpoints(task.run.checkpoints, _identity(learner), task.keep_checkpoints)
     found = checkpoints.load(learner.engines)

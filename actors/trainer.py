@@ -6,15 +6,16 @@ step alone, so neither a restart nor the number of workers changes them.
 
 import logging
 import math
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from actors.export import export
-from actors.identity import identity
+from actors.identity import identity, sampled_hash
 from actors.objectives import LanguageModelling, Margin, Objective, Ranking
 from actors.steps import BadBatch, MicroBatches, evaluate, update
 from cluster import training
@@ -25,7 +26,7 @@ from cluster.tracking import Tracker
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.lora import LoraConfig, apply_lora
-from llama2.model import ScalarModel, Transformer, initialize
+from llama2.model import ScalarModel, Transformer, initial_weights
 from llama2.packing import sample_order
 from llama2.schedules import Schedule
 from llama2.sequence_parallel import SequenceParallel
@@ -100,7 +101,8 @@ class Trainer:
         sequence = SequenceParallel.of(task.micro_batches.sequence_parallel)
         self.objective = _objective(task, self.shards, sequence)
         self.judge = _objective(task, self.heldout, sequence)
-        self.engine = Engine(_module(task, sequence), task.engine, task.schedule)
+        module, weights = _module(task, sequence)
+        self.engine = Engine(module, task.engine, task.schedule, weights)
         self.checkpoints = Checkpoints(
             task.run.checkpoints, _identity(task, self.shards, self.engine), task.keep_checkpoints
         )
@@ -242,21 +244,24 @@ def _objective(task: TrainTask, shards: Shards, sequence: SequenceParallel) -> O
     return LanguageModelling(shards, sequence)
 
 
-def _module(task: TrainTask, sequence: SequenceParallel) -> nn.Module:
+def _module(
+    task: TrainTask, sequence: SequenceParallel
+) -> tuple[nn.Module, Iterator[tuple[str, Tensor]]]:
+    """The model on the meta device, and its weights one at a time."""
     module: Transformer | ScalarModel
     if task.stage == "reward_model":
         assert task.start is not None
-        module = checkpoint.scalar_from(task.start, task.seed)
+        module, weights = checkpoint.stream_scalar_from(task.start, task.seed)
     elif task.start is not None:
-        module = checkpoint.load(task.start)
+        module, weights = checkpoint.stream(task.start)
     else:
-        module = Transformer(task.model)
-        initialize(module, task.model, task.seed)
+        module = checkpoint.unfilled(Transformer, task.model)
+        weights = initial_weights(module, task.model, task.seed)
     module.model.activation_checkpointing = task.activation_checkpointing
     module.model.sequence_parallel = sequence
     if task.lora.rank:
         apply_lora(module, task.lora, task.seed)
-    return module
+    return module, weights
 
 
 def _identity(task: TrainTask, shards: Shards, engine: Engine) -> dict[str, Any]:
@@ -269,6 +274,8 @@ def _identity(task: TrainTask, shards: Shards, engine: Engine) -> dict[str, Any]
         schedule=task.schedule,
         batch_rows=task.batch_rows,
         lora=task.lora,
+        # Adapters are nothing without the weights that they are updates of.
+        base=sampled_hash(task.start) if task.lora.rank and task.start is not None else "",
         margin=task.margin,
         data=shards.fingerprint,
         seed=task.seed,

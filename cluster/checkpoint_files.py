@@ -77,9 +77,21 @@ def committed(folder: Path) -> list[Path]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what attempts that died left half written or half removed."""
-    for path in folder.glob("*.part"):
+    """Remove what attempts that died left half written or half removed, and put back what one was
+    about to replace."""
+    for path in folder.glob("step_*.part"):
         shutil.rmtree(path)
+    for path in folder.glob("step_*.replaced"):
+        final = path.with_suffix("")
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
+
+
+def damaged(folder: Path) -> int:
+    """How many damaged checkpoints have been set aside."""
+    return sum(1 for _ in folder.glob("step_*.damaged"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> File:
@@ -165,8 +177,13 @@ def check_file(path: Path, wanted: File) -> None:
             while block := file.read(BLOCK):
                 digest.update(block)
                 size += len(block)
-    except OSError as error:
-        raise DamagedError(f"{path} cannot be read ({error.strerror})") from error
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path} is missing") from error
+    except OSError as error:  # the file system's fault, and perhaps a passing one
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); mend the file system, then run the same "
+            "command again."
+        ) from error
     if size != wanted.bytes:
         raise DamagedError(f"{path} has {size} bytes instead of {wanted.bytes}")
     if digest.hexdigest() != wanted.checksum:
@@ -178,21 +195,19 @@ def commit(part: Path, manifest: Manifest) -> Path:
     write_json(part / MANIFEST, {"format": FORMAT, **asdict(manifest)})
     _sync(part)
     final = step_folder(part.parent, manifest.step)
-    before = _out_of_the_way(final) if final.exists() else None
+    before = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        final.rename(before)
     part.rename(final)
     _sync(part.parent)
-    if before is not None:
+    if before.exists():
         shutil.rmtree(before)
     return final
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint so that at no time half of it passes for one."""
-    shutil.rmtree(_out_of_the_way(path))
-
-
-def _out_of_the_way(path: Path) -> Path:
-    return path.rename(path.with_name(f"{path.name}.removed.part"))
+    shutil.rmtree(path.rename(path.with_name(f"{path.name}.removed.part")))
 
 
 def set_aside(path: Path) -> Path:

@@ -174,12 +174,16 @@ class Checkpoints:
         if isinstance(listed, str):
             raise ValueError(listed)
         candidates, damaged = listed
+        if not candidates:  # also those that an earlier attempt found
+            damaged = max(damaged, self._told(files.damaged(self.folder)))
         chosen = [candidate for candidate in candidates if wanted(candidate[1])]
         for path, manifest in sorted(chosen, key=lambda candidate: order(candidate[1])):
             _check_identity(path, manifest, self.identity)
             _check_engines(path, manifest, engines)
-            problem = self._first(self._damage(path, manifest))
-            if problem is None:
+            problem, unreadable = self._damage(path, manifest)
+            if (obstacle := self._first(unreadable)) is not None:
+                raise ValueError(obstacle)
+            if (problem := self._first(problem)) is None:
                 _restore(path, manifest, engines)
                 return Checkpoint(manifest.step, manifest.extra, path, manifest.score)
             damaged += 1
@@ -206,15 +210,17 @@ class Checkpoints:
                 return str(error)
         return found, damaged
 
-    def _damage(self, path: Path, manifest: Manifest) -> str | None:
-        """What is wrong with this rank's share of the files."""
+    def _damage(self, path: Path, manifest: Manifest) -> tuple[str | None, str | None]:
+        """What is wrong with this rank's share of the files, or why it cannot be told."""
         names = sorted(manifest.files)[self._rank :: self._world_size]
         try:
             for name in names:
                 files.check_file(path / name, manifest.files[name])
         except DamagedError as error:
-            return str(error)
-        return None
+            return str(error), None
+        except ValueError as error:
+            return None, str(error)
+        return None, None
 
     def _first(self, mine: str | None) -> str | None:
         """The first rank's word that has something to say."""

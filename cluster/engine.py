@@ -8,8 +8,9 @@ batches, never averaged, and any split of a batch gives the same update.
 import gc
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,9 +99,17 @@ class Engine:
     """A module under DeepSpeed. All ranks call the same methods in the same order."""
 
     def __init__(
-        self, module: nn.Module, config: EngineConfig, schedule: Callable[[int], float]
+        self,
+        module: nn.Module,
+        config: EngineConfig,
+        schedule: Callable[[int], float],
+        weights: Iterable[tuple[str, Tensor]] = (),
     ) -> None:
         """Wrap `module`; `schedule(updates made so far)` gives the learning rate of the next one.
+
+        Parameters may be on the meta device: `weights` then has the value of each, by the name that
+        `named_parameters` gives it, in the same order on all ranks. Under ZeRO 3 each is cut before
+        the next one is drawn, so that no rank ever holds the whole model.
 
         torch.distributed must be initialised. Raises `ValueError` where this machine cannot offload
         to NVMe.
@@ -113,10 +122,11 @@ class Engine:
         self._deepspeed = deepspeed
         groups = _groups(module, config)
         largest = max(parameter.numel() for group in groups for parameter in group["params"])
+        settings = _settings(config, math.ceil(largest / self.world_size))
+        if any(parameter.is_meta for parameter in module.parameters()):
+            _fill(module, weights, config, settings)
         self._engine, *_ = deepspeed.initialize(
-            model=module,
-            model_parameters=groups,
-            config=_settings(config, math.ceil(largest / self.world_size)),
+            model=module, model_parameters=groups, config=settings
         )
         # Without ZeRO, `step` reduces and clips itself; DeepSpeed's optimizer for bfloat16 would
         # copy all gradients to a reduction with nobody.
@@ -237,6 +247,41 @@ class Engine:
         self._engine.destroy()
         del self._engine
         gc.collect()
+
+
+def _fill(
+    module: nn.Module,
+    weights: Iterable[tuple[str, Tensor]],
+    config: EngineConfig,
+    settings: dict[str, Any],
+) -> None:
+    """Give each parameter its weight, or its own where it has one, in the precision and on the
+    device that it is trained in. Under ZeRO 3 this rank keeps its part alone."""
+    deepspeed = _import_deepspeed()
+    deepspeed.init_distributed()
+    shard = None
+    if config.zero_stage == 3:
+        # The module is an empty one: parameters are cut one by one as they come.
+        init = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings)
+        shard = init._convert_to_zero_parameters
+    accelerator = deepspeed.accelerator.get_accelerator()
+    device = torch.device(accelerator.device_name(int(os.environ["LOCAL_RANK"])))
+    # What DeepSpeed cuts is rank 0's: the others need not read the files.
+    reads = shard is None or torch.distributed.get_rank() == 0
+    parameters = dict(module.named_parameters())
+    real = [(name, p.detach()) for name, p in parameters.items() if not p.is_meta]
+    for name, weight in chain(weights, real):
+        parameter = parameters.pop(name)
+        assert parameter.shape == weight.shape, f"{name} is {weight.shape}, not {parameter.shape}"
+        value = torch.empty(weight.shape, dtype=getattr(torch, config.precision), device=device)
+        if reads:
+            value.copy_(weight)
+        # In place: tied layers and the optimizer's groups refer to the parameter.
+        torch.utils.swap_tensors(parameter, nn.Parameter(value, parameter.requires_grad))
+        del value
+        if shard is not None:
+            shard([parameter])
+    assert not parameters, f"there is no weight for {', '.join(parameters)}"
 
 
 def _groups(module: nn.Module, config: EngineConfig) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def _state(adam: Any, flat: Tensor) -> dict[str, Tensor]:
     """Adam's state of `flat`, which torch makes as late as the first update."""
     state: dict[str, Tensor] = adam.state[flat]
     if not state:
-        state["step"] = torch.tensor(0.0)
+        state["step"] = torch.zeros((), device=flat.device)  # where a fused update looks for it
         state["exp_avg"] = torch.zeros_like(flat)
         state["exp_avg_sq"] = torch.zeros_like(flat)
     return state

@@ -159,11 +159,14 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a run after a crash, finds the old file or the new one,
     whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def append_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ray.exceptions import ActorDiedError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from cluster.data import full_disk_named
 from cluster.placement import Workers
 from cluster.run_directory import RunDirectory, write_atomically
 
@@ -98,7 +99,8 @@ class _Loop:
             return
         torch.set_num_threads(self.threads)
         try:
-            self.loop(self.task)
+            with full_disk_named(self.failure.parent):
+                self.loop(self.task)
         except tuple(FINAL_ERRORS.values()) as error:
             if not self.failure.exists():
                 kind = next(name for name, kind in FINAL_ERRORS.items() if isinstance(error, kind))
@@ -135,7 +137,11 @@ def world_size() -> int:
 
 
 def all_reduce(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over the group's workers (collective)."""
+    """The sum of `values` over the group's workers, in place (collective)."""
+    if torch.distributed.get_backend() == "nccl" and not values.is_cuda:
+        summed = values.cuda()
+        torch.distributed.all_reduce(summed)
+        return values.copy_(summed)
     torch.distributed.all_reduce(values)
     return values
 

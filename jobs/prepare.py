@@ -148,13 +148,17 @@ def shown(name: str, manifest: Manifest) -> str:
 
 def _check_input(preparation: Preparation) -> None:
     """Raise `ValueError` where files are not those of the attempt that is continued."""
-    sizes = {
-        str(path): path.stat().st_size
+    paths = [
+        path
         for named in preparation.wanted.values()
         for source in named.values()
         if isinstance(source, FileSource)
         for path in source.files
-    }
+    ]
+    config = preparation.config
+    for given in (*config.benchmarks, *config.prompts):
+        paths += data_files(given)
+    sizes = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
     path = preparation.work.path / "input.json"
     if path.exists():
         before = json.loads(path.read_text())

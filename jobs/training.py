@@ -52,6 +52,8 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
     part = _part(config, stage)
     run = RunDirectory(config.runs, config.run_name(part))
     if run.is_finished:
+        if not run.report.exists():  # it was killed before the last line of this job
+            write_report(run, _title(run, stage))
         print(f"{run.name}: finished already; the model is in {run.model}.")
         return
     model = config.model
@@ -79,7 +81,7 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
         task = _task(config, stage, inputs, model, run, start)
         print(f"{run.name}: {task.schedule.steps} steps of {config.batch_rows} rows", flush=True)
         run_workers(train, task, config.workers, run)
-    write_report(run, f"{run.name}: {stage.replace('_', ' ')}")
+    write_report(run, _title(run, stage))
     print(f"{run.name}: the model is in {run.model}, the report is {run.report}.")
 
 
@@ -108,6 +110,10 @@ def check_settings(config: TrainConfig, model: ModelConfig, start: Path | None) 
         )
 
 
+def _title(run: RunDirectory, stage: Stage) -> str:
+    return f"{run.name}: {stage.replace('_', ' ')}"
+
+
 def _part(config: TrainConfig, stage: Stage) -> Part:
     if isinstance(config, RewardModelConfig):
         return config.kind
@@ -127,7 +133,13 @@ def find_inputs(
             hint = "" if config.data else "; run jobs/prepare.py first, or give --data"
             raise ValueError(f"{path} does not exist{hint}.")
     root = paths[0].absolute()
-    if (root / "tokenizer").is_dir():
+    prepared = [path for path in paths if (path / "tokenizer").is_dir()]
+    if prepared and len(paths) > 1:
+        raise ValueError(
+            f"{prepared[0]} is prepared data and cannot be joined with other data; give it alone, "
+            "or prepare all of it together."
+        )
+    if prepared:
         if not (root / part / "train" / "manifest.json").is_file():
             raise ValueError(f"{root} holds no prepared {part} data; prepare it first.")
         beside = start if start is not None and _has_tokenizer(start) else root / "tokenizer"

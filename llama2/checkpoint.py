@@ -38,9 +38,14 @@ __all__ = [
     "save",
     "save_config",
     "scalar_from",
+    "stream",
+    "stream_scalar",
+    "stream_scalar_from",
+    "unfilled",
 ]
 
 Model = TypeVar("Model", bound=nn.Module)
+Weights = Iterator[tuple[str, Tensor]]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -68,8 +73,7 @@ def load(
     Raises as `check_folder` does, before any weight is read, and `ValueError` where embeddings that
     the config ties differ. Memory holds the model once.
     """
-    source = _checked(_open(folder), scalar=False)
-    return _assigned(Transformer, source, _read(source, dtype, device))
+    return _filled(*stream(folder), dtype, device)
 
 
 def load_meta(
@@ -77,15 +81,14 @@ def load_meta(
 ) -> Transformer:
     """`load` of Meta's layout only, `params.json` and `consolidated.*.pth`."""
     source = _checked(MetaFolder(Path(folder)), scalar=False)
-    return _assigned(Transformer, source, _read(source, dtype, device))
+    return _filled(unfilled(Transformer, source.config), _weights(source), dtype, device)
 
 
 def load_scalar(
     folder: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
 ) -> ScalarModel:
     """The reward or value model in a Hugging Face folder. Raises as `check_folder` does."""
-    source = _checked(_open(folder), scalar=True)
-    return _assigned(ScalarModel, source, _read(source, dtype, device))
+    return _filled(*stream_scalar(folder), dtype, device)
 
 
 def scalar_from(folder: str | Path, seed: int) -> ScalarModel:
@@ -95,14 +98,38 @@ def scalar_from(folder: str | Path, seed: int) -> ScalarModel:
     one the head is drawn from N(0, 1 / (D + 1)) by `seed`, so that scores begin near unit variance
     (Stiennon et al. 2020, appendix B). Raises as `check_folder` does.
     """
+    return _filled(*stream_scalar_from(folder, seed), torch.float32, "cpu")
+
+
+def stream(folder: str | Path) -> tuple[Transformer, Weights]:
+    """What `load` loads: the model on the meta device, and its weights one at a time.
+
+    Names are those of `named_parameters`, each once; tensors have the files' dtype and may share
+    their memory. Raises as `check_folder` does, at once; the weights, as `load` does, at their end.
+    """
+    source = _checked(_open(folder), scalar=False)
+    return unfilled(Transformer, source.config), _weights(source)
+
+
+def stream_scalar(folder: str | Path) -> tuple[ScalarModel, Weights]:
+    """What `load_scalar` loads, as `stream` gives it."""
+    source = _checked(_open(folder), scalar=True)
+    return unfilled(ScalarModel, source.config), _weights(source)
+
+
+def stream_scalar_from(folder: str | Path, seed: int) -> tuple[ScalarModel, Weights]:
+    """What `scalar_from` makes, as `stream` gives it."""
     source = _checked(_open(folder), scalar=None)
-    state = _read(source, torch.float32, "cpu")
+    weights = _weights(source)
     if not source.scalar:
-        state.pop(HEAD, None)
-        width = source.config.hidden_size
-        generator = torch.Generator().manual_seed(seed)
-        state["score.weight"] = torch.randn(1, width, generator=generator) * (width + 1) ** -0.5
-    return _assigned(ScalarModel, source, state)
+        weights = _with_new_head(weights, source.config.hidden_size, seed)
+    return unfilled(ScalarModel, source.config), weights
+
+
+def unfilled(kind: Callable[[ModelConfig], Model], config: ModelConfig) -> Model:
+    """A model on the meta device: shapes without weights."""
+    with torch.device("meta"), _WithoutInitialization():
+        return kind(config)
 
 
 def check_folder(folder: str | Path, scalar: bool | None = None) -> ModelConfig:
@@ -162,7 +189,7 @@ def _checked(source: Folder, scalar: bool | None) -> Folder:
             f"{source.folder} holds a {kinds[source.scalar]}; give the folder of a {kinds[scalar]}."
         )
     kind: Callable[[ModelConfig], nn.Module] = ScalarModel if source.scalar else Transformer
-    model = _empty(kind, source.config)
+    model = unfilled(kind, source.config)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = source.shapes()
     optional = {HEAD} if source.config.tie_word_embeddings else set()
@@ -186,19 +213,30 @@ def _checked(source: Folder, scalar: bool | None) -> Folder:
     return source
 
 
-def _read(source: Folder, dtype: torch.dtype, device: str | torch.device) -> dict[str, Tensor]:
-    """All weights, copied: the mapped files may be replaced or lie on a slow disk."""
-    state = {
-        name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in source.tensors()
-    }
+def _weights(source: Folder) -> Weights:
+    """Every weight that has a place of its own in the model, which a tied head has not."""
     if source.scalar or not source.config.tie_word_embeddings:
-        return state
-    if not torch.equal(state.setdefault(HEAD, state[EMBEDDING]), state[EMBEDDING]):
+        yield from source.tensors()
+        return
+    tied: dict[str, Tensor] = {}
+    for name, tensor in source.tensors():
+        if name in (EMBEDDING, HEAD):
+            tied[name] = tensor
+        if name != HEAD:
+            yield name, tensor
+    if not torch.equal(tied.get(HEAD, tied[EMBEDDING]), tied[EMBEDDING]):
         raise ValueError(
             f"{source.folder}: {HEAD} differs from {EMBEDDING}, which the config ties; set "
             "tie_word_embeddings to false there."
         )
-    return state
+
+
+def _with_new_head(weights: Weights, width: int, seed: int) -> Weights:
+    for name, tensor in weights:
+        if name != HEAD:
+            yield name, tensor
+    generator = torch.Generator().manual_seed(seed)
+    yield "score.weight", torch.randn(1, width, generator=generator) * (width + 1) ** -0.5
 
 
 class _WithoutInitialization(TorchFunctionMode):
@@ -212,16 +250,15 @@ class _WithoutInitialization(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _empty(kind: Callable[[ModelConfig], Model], config: ModelConfig) -> Model:
-    with torch.device("meta"), _WithoutInitialization():
-        return kind(config)
-
-
-def _assigned(
-    kind: Callable[[ModelConfig], Model], source: Folder, state: dict[str, Tensor]
+def _filled(
+    model: Model, weights: Weights, dtype: torch.dtype, device: str | torch.device
 ) -> Model:
-    model = _empty(kind, source.config)
+    # Copied: the mapped files may be replaced or lie on a slow disk.
+    state = {name: tensor.to(device=device, dtype=dtype, copy=True) for name, tensor in weights}
+    tied = isinstance(model, Transformer) and model.config.tie_word_embeddings
+    if tied:
+        state[HEAD] = state[EMBEDDING]
     model.load_state_dict(state, assign=True)
-    if isinstance(model, Transformer) and source.config.tie_word_embeddings:
+    if isinstance(model, Transformer) and tied:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model

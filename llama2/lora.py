@@ -83,8 +83,10 @@ class LoraLinear(nn.Linear):
         a_RI = torch.empty(config.rank, self.in_features).uniform_(
             -bound, bound, generator=generator
         )
-        self.lora_A = nn.Parameter(a_RI.to(self.weight))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, config.rank))
+        # The update is made at once even where the matrix itself is still to come.
+        like = a_RI if self.weight.is_meta else self.weight
+        self.lora_A = nn.Parameter(a_RI.to(like))
+        self.lora_B = nn.Parameter(like.new_zeros(self.out_features, config.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)
@@ -96,7 +98,7 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
     """Give every target in `model` an update and freeze all else but a scalar model's head.
 
     In place. The output is unchanged until the first training step. Weights, on whatever device,
-    follow from `seed` and the model's shape.
+    follow from `seed` and the model's shape; on the meta device the updates alone are real.
     """
     assert config.rank > 0, "rank 0 means that there is no LoRA"
     generator = torch.Generator().manual_seed(seed)

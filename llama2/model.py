@@ -4,6 +4,7 @@ Parameter names are those of Hugging Face's Llama, so that a checkpoint needs no
 Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that carry a target.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -199,18 +200,33 @@ class ScalarModel(nn.Module):
         return cast(Tensor, self.score(self.model(tokens_BT, segments_BT))).squeeze(-1).float()
 
 
-def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Draw matrices from N(0, initializer_range), residual outputs sqrt(2 layers) smaller (GPT-2).
+def initial_weights(
+    model: nn.Module, config: ModelConfig, seed: int
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and float32 value of each parameter of a fresh model, one at a time.
 
-    Biases become 0; the scales of norms stay as they are.
+    Of `model`, which may be on the meta device, only names and shapes are asked for, at once.
+    Matrices are drawn from N(0, initializer_range), those of residual outputs sqrt(2 layers)
+    smaller (GPT-2). Biases are 0, the scales of norms 1.
     """
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name.endswith(".bias"):
-            nn.init.zeros_(parameter)
-        if parameter.dim() < 2:
-            continue
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = config.initializer_range / (2 * config.num_hidden_layers) ** (0.5 if residual else 0)
-        with torch.no_grad():
-            parameter.normal_(0, std, generator=generator)
+    shapes = [(name, parameter.shape) for name, parameter in model.named_parameters()]
+    return ((name, _initial(name, shape, config, generator)) for name, shape in shapes)
+
+
+def _initial(
+    name: str, shape: torch.Size, config: ModelConfig, generator: torch.Generator
+) -> Tensor:
+    if len(shape) < 2:
+        return torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = config.initializer_range / (2 * config.num_hidden_layers) ** (0.5 if residual else 0)
+    return torch.empty(shape).normal_(0, std, generator=generator)
+
+
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Give `model` its `initial_weights`."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in initial_weights(model, config, seed):
+            parameters[name].copy_(value)

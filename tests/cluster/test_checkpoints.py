@@ -105,7 +105,7 @@ def truncate(file: Path) -> None:
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "flipped byte": ("net.rank00001.safetensors", flip_a_byte, "does not match its checksum"),
     "truncated": ("net.rank00000.safetensors", truncate, "bytes instead of"),
-    "missing": ("net.rank00001.safetensors", Path.unlink, r"cannot be read \(No such file"),
+    "missing": ("net.rank00001.safetensors", Path.unlink, "is missing"),
     "manifest": ("manifest.json", flip_a_byte, "manifest.json"),
     "no manifest": ("manifest.json", Path.unlink, "manifest.json is missing"),
 }
@@ -140,6 +140,9 @@ def test_nothing_is_whole(copy: Path) -> None:
     assert error is not None
     assert error.startswith(f"No checkpoint in {copy / 'run'} is whole")
     assert len(lines) == 2
+    # The same command again must not begin at step 0 as if there had never been one.
+    run_group(2, load_run, copy)
+    assert loaded(copy)[1] == error
 
 
 def test_a_run_without_checkpoints(tmp_path: Path) -> None:

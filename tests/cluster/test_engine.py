@@ -1,7 +1,8 @@
 """DeepSpeed against a plain torch loop: any ZeRO stage, ranks and split give the same losses."""
 
+import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.engine import Engine, EngineConfig
 from cluster.fragments import Fragment
@@ -194,6 +195,84 @@ def test_all_stages_end_with_the_same_state(found: Found) -> None:
         if case[0] == "float32":
             for key, tensor in found[case]["end"].items():
                 torch.testing.assert_close(tensor, reference[key], atol=2e-6, rtol=0)
+
+
+def unfilled() -> Net:
+    with torch.device("meta"):
+        return Net()
+
+
+def streamed() -> None:
+    for precision in ("float32", "bfloat16"):
+        config = EngineConfig(
+            zero_stage=3,
+            precision=precision,  # type: ignore[arg-type]
+            offload_optimizer="cpu",
+            offload_parameters="cpu",
+        )
+        # In an order of their own; what rank 0 has counts, and only it reads.
+        reads = torch.distributed.get_rank() == 0
+        weights = reversed(Net().state_dict().items())
+        held = ((name, w if reads else torch.full_like(w, math.nan)) for name, w in weights)
+        engine = Engine(unfilled(), config, schedule, held)
+        found = train(engine, 0, STEPS, split=2), whole_state(engine)
+        engine.close()
+        engine = Engine(Net(), config, schedule)
+        assert found[0] == train(engine, 0, STEPS, split=2)
+        assert differences(found[1], whole_state(engine)) == []
+        engine.close()
+    with pytest.raises(AssertionError, match=r"no weight for last\.bias"):
+        Engine(unfilled(), config, schedule, list(Net().state_dict().items())[:-1])
+
+
+def test_offloaded_weights_that_come_one_at_a_time_are_those_of_a_whole_module() -> None:
+    run_group(2, streamed)
+
+
+LAYERS, WIDTH = 24, 1024
+MEGABYTES = LAYERS * WIDTH * WIDTH * 4 / 1e6
+
+
+def memory() -> float:
+    """Megabytes that this process holds, without the pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e6
+
+
+def peaks(path: Path) -> None:
+    """The most memory that filling a model of `MEGABYTES` takes, under ZeRO 3 and under ZeRO 2."""
+    found = {}
+    # Have malloc give memory back that is freed: -3 is glibc's M_MMAP_THRESHOLD, in bytes.
+    ctypes.CDLL(None).mallopt(-3, 1 << 20)
+    for stage in (3, 2):
+        with torch.device("meta"):
+            module = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, False) for _ in range(LAYERS)))
+        config = EngineConfig(zero_stage=stage)  # type: ignore[arg-type]
+        seen: list[float] = []
+
+        def weights(seen: list[float] = seen) -> Iterator[tuple[str, Tensor]]:
+            for layer in range(LAYERS):
+                weight = torch.full((WIDTH, WIDTH), float(layer))
+                seen.append(memory())
+                yield f"{layer}.weight", weight
+            seen.append(memory())
+
+        engine = Engine(module, config, schedule, weights())
+        for layer, (_, weight) in enumerate(engine.weights()):
+            assert torch.equal(weight, torch.full((WIDTH, WIDTH), float(layer)))
+        engine.close()
+        found[stage] = max(seen) - seen[0]
+    torch.save(found, path.with_suffix(f".{torch.distributed.get_rank()}"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux's /proc")
+def test_no_rank_holds_the_whole_model_while_it_is_filled(tmp_path: Path) -> None:
+    run_group(2, peaks, tmp_path / "peaks.pt")
+    for rank in range(2):
+        found = torch.load(tmp_path / f"peaks.{rank}")
+        # Half of the model and no more than three layers; without cutting it is the whole.
+        assert found[3] < MEGABYTES * (1 / 2 + 3 / LAYERS)
+        assert found[2] > MEGABYTES * 0.9
 
 
 def without_libaio() -> None:

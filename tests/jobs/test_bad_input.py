@@ -238,6 +238,8 @@ def test_rows_of_another_tokenizer_or_context(tmp_path: Path, folders: Folders) 
     assert "rows of up to 128 tokens and the model's context is 64" in found
     found = refusal(pretrain.main, replace(TINY.pretrain, runs=tmp_path, data=(long,)))
     assert f"{long} holds no prepared pretrain data" in found
+    both = replace(TINY.pretrain, runs=tmp_path, data=(long, other))
+    assert f"{long} is prepared data and cannot be joined" in refusal(pretrain.main, both)
 
 
 def test_raw_records_are_cut_to_the_context_of_the_model(tmp_path: Path, folders: Folders) -> None:

@@ -3,6 +3,8 @@
 import math
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +27,7 @@ from cluster.run_directory import RunDirectory, read_json_lines
 from cluster.session import ClusterConfig, session
 from cluster.weights import PublishError, WeightStore
 from jobs import ppo, prepare, pretrain, reward_model, sft
+from jobs.configs import SftConfig
 from jobs.presets import Preset, tiny
 from llama2 import checkpoint
 from llama2.generation import Sampling
@@ -152,20 +155,51 @@ def run_and_kill(main: Callable[[], None], run: RunDirectory, steps: int) -> Non
     assert not finished.is_alive()
 
 
-def test_a_killed_training_gives_the_same_losses_to_the_bit(chain: Preset, runs: Path) -> None:
-    """It has evaluated and saved at other steps than those that are repeated."""
-    whole = replace(chain.sft, name="sft-whole", steps=60, eval_every=10, save_every=7)
-    sft.main(whole)
-    killed = replace(whole, name="sft-killed")
-    run_and_kill(lambda: sft.main(killed), RunDirectory(runs, "sft-killed"), steps=10)
+@pytest.fixture(scope="module")
+def whole(chain: Preset) -> SftConfig:
+    """A training that nobody killed. It evaluates and saves at other steps than each other's."""
+    config = replace(chain.sft, name="sft-whole", steps=60, eval_every=10, save_every=7)
+    sft.main(config)
+    return config
+
+
+def assert_as_if_not_killed(runs: Path, name: str) -> None:
     speed = "targets_per_second"
     before, after = (
-        [{name: x for name, x in line.items() if name != speed} for line in metrics(runs, name)]
-        for name in ("sft-whole", "sft-killed")
+        [{key: x for key, x in line.items() if key != speed} for line in metrics(runs, run)]
+        for run in ("sft-whole", name)
     )
     assert len(before) == 61
     assert after == before
-    assert RunDirectory(runs, "sft-killed").summary() == RunDirectory(runs, "sft-whole").summary()
+    assert RunDirectory(runs, name).summary() == RunDirectory(runs, "sft-whole").summary()
+
+
+def test_a_killed_training_gives_the_same_losses_to_the_bit(whole: SftConfig, runs: Path) -> None:
+    killed = replace(whole, name="sft-killed")
+    run_and_kill(lambda: sft.main(killed), RunDirectory(runs, "sft-killed"), steps=10)
+    assert_as_if_not_killed(runs, "sft-killed")
+
+
+def test_a_killed_job_goes_on_when_it_is_started_again(whole: SftConfig, runs: Path) -> None:
+    """SIGKILL to the driver, which takes the whole group with it."""
+    run = RunDirectory(runs, "sft-job")
+    config = RunDirectory(runs, "sft-whole").config
+    job = subprocess.Popen(
+        [sys.executable, "jobs/sft.py", "--config", str(config), "--name", run.name],
+        env=os.environ
+        | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_AUTH_MODE": "token"},
+        cwd=Path(__file__).parents[2],
+    )
+    deadline = time.monotonic() + 120
+    while not run.metrics.exists() or len(read_json_lines(run.metrics)) < 17:
+        assert job.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    assert not run.is_finished
+    sft.main(replace(whole, name=run.name))
+    assert_as_if_not_killed(runs, run.name)
 
 
 def test_a_killed_worker_changes_nothing(chain: Preset, runs: Path) -> None:

@@ -162,6 +162,38 @@ def test_scalar_from_a_tied_model(tmp_path: Path) -> None:
     assert_same(loaded.model.state_dict(), theirs.model.state_dict())
 
 
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
+def test_streamed_weights_are_those_of_the_parameters_each_once(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    theirs = causal(**changes).bfloat16()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    for kind, (model, weights), expected in (
+        ("causal", checkpoint.stream(tmp_path), checkpoint.load(tmp_path)),
+        ("scalar", checkpoint.stream_scalar_from(tmp_path, 3), checkpoint.scalar_from(tmp_path, 3)),
+    ):
+        named = list(weights)
+        found = dict(named)
+        assert len(found) == len(named)
+        wanted = dict(expected.named_parameters())
+        assert set(found) == set(wanted) == {name for name, _ in model.named_parameters()}
+        assert all(parameter.is_meta for parameter in model.parameters())
+        for name, tensor in found.items():
+            drawn = kind == "scalar" and name == "score.weight"
+            assert tensor.dtype == (torch.float32 if drawn else torch.bfloat16)
+            assert torch.equal(tensor.float(), wanted[name])
+
+
+def test_a_tied_head_that_differs_is_met_at_the_end_of_the_stream(tmp_path: Path) -> None:
+    causal(tie_word_embeddings=True).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    for _, stream in (checkpoint.stream(tmp_path), checkpoint.stream_scalar_from(tmp_path, 0)):
+        with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+            list(stream)
+
+
 HEAD: dict[str, Any] = {"model_type": "llama", **SMALL}
 OLD_LLAMA3 = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
 
