@@ -98,8 +98,6 @@ def with_worker_environment() -> None:
     import os
 
     os.environ.update(WORKER_ENVIRONMENT)
-    # A contender that waits for its turn must not spin on a core.
-    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def matmul() -> Step:
