@@ -1,4 +1,4 @@
-"""Causal attention of right-padded documents: torch's fused kernel against two products.
+"""Causal attention of right-padded documents: torch's fused kernel against blocks of queries.
 
 python -m tests.benchmarks.attention
 """
@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.attention import attend_by_products
+from llama2.causal_attention import causal_attention
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-SHAPES = [(128, 4, 40, 32), (32, 4, 146, 32), (16, 4, 256, 32), (4, 6, 512, 48), (4, 12, 512, 64)]
+SHAPES = [(128, 40, 4, 32), (32, 146, 4, 32), (16, 256, 4, 32), (4, 512, 6, 48), (4, 512, 12, 64)]
 REPEATS = 8
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def milliseconds(attend: Attend, shape: tuple[int, ...], dtype: torch.dtype) -> float:
@@ -35,10 +36,10 @@ def milliseconds(attend: Attend, shape: tuple[int, ...], dtype: torch.dtype) -> 
 def main() -> None:
     """Print a row per shape and precision."""
     torch.set_num_threads(1)
-    print("documents x heads x tokens x width  precision  fused ms  products ms  ratio")
+    print("documents x tokens x heads x width  precision  fused ms    blocks ms  ratio")
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
-            a, b = (milliseconds(f, shape, dtype) for f in (fused, attend_by_products))
+            a, b = (milliseconds(f, shape, dtype) for f in (fused, causal_attention))
             name = str(dtype).removeprefix("torch.")
             print(f"{'x'.join(map(str, shape)):34}  {name:9}  {a:8.1f}  {b:11.1f}  {a / b:5.2f}")
 
