@@ -15,6 +15,8 @@ import ray
 # in again (up to 2.8 times slower training); with these it keeps the memory, in huge pages.
 WORKER_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Ray Train's loop runs in a thread, whose own arena would hold no large tensor.
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
     "MALLOC_TOP_PAD_": str(1 << 26),
