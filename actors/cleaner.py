@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from actors.sources import SourcePart, Usable
-from actors.work_folder import WorkFolder, read_lines, record_line, whole_file
+from actors.work_folder import WorkFolder, read_lines, record_line
 from cluster.data import Json
 from llama2.chat import Message, dialogue_fault
 from llama2.cleaning import (
@@ -21,6 +21,7 @@ from llama2.cleaning import (
     write_signatures,
 )
 from llama2.records import Comparison, Dialogue, Document, Skipped
+from llama2.whole_files import whole_file
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,10 @@
 """What lies on disk between the tasks of a preparation."""
 
 import json
-import os
-import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from actors.sources import Part, SourcePart, Usable
 from llama2.chat import Message
@@ -56,19 +53,6 @@ class WorkFolder:
         """Create the folders."""
         for name in ("results", "signatures", "tokens", "records", "hashes", "repeated"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which appears under its name only when the block ends without an error."""
-    # A killed attempt may still be writing: no two of them share an unfinished file.
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def record_line(record: Usable) -> bytes:

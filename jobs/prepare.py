@@ -17,7 +17,7 @@ from actors.work_folder import read_lines
 from cluster.data import full_disk_named
 from cluster.files import data_files, read_records
 from cluster.placement import Workers, check_capacity
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, write_atomically
 from cluster.session import session
 from jobs import cli
 from jobs.assembly import assemble
@@ -169,9 +169,7 @@ def _check_input(preparation: Preparation) -> None:
                     "began; put it back, or prepare under another name."
                 )
         return
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(sizes))
-    os.replace(unfinished, path)
+    write_atomically(path, json.dumps(sizes))
 
 
 def _benchmarks(config: PrepareConfig) -> Decontamination:

@@ -1,6 +1,5 @@
 """Which documents hold text of a benchmark."""
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from zipfile import BadZipFile
@@ -9,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llama2.cleaning.words import Hashes, ngram_hashes, normalized_words, word_hashes
+from llama2.whole_files import whole_file
 
 LONGEST, SHORTEST = 13, 8
 
@@ -63,8 +63,7 @@ class Decontamination:
 
     def save(self, path: Path) -> None:
         """Write to one file, all or nothing; the same benchmarks give the same bytes."""
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as handle:
+        with whole_file(path) as handle:
             np.savez(
                 handle,
                 names=np.array(self.names, np.str_),
@@ -72,7 +71,6 @@ class Decontamination:
                 hashes=self._hashes,
                 owners=self._owners,
             )
-        os.replace(part, path)
 
     @staticmethod
     def load(path: Path) -> "Decontamination":

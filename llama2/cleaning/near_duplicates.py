@@ -12,18 +12,17 @@ a range of a band, and in the third step some 20 bytes a document of all parts.
 B numbers bands, K permutations (14 bands of 8), S shingles of a text; N documents, or words of one.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from llama2.cleaning.words import Hashes, ngram_hashes, normalized_words, word_hashes
+from llama2.whole_files import whole_file
 
 if TYPE_CHECKING:
     from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
@@ -49,7 +48,7 @@ def write_signatures(texts: Iterable[str], folder: Path, part: int) -> None:
     bands_BN = np.array(rows, np.uint64).reshape(len(rows), BUCKETS).T
     order_BN = np.argsort(bands_BN, axis=1, kind="stable")
     sorted_BN = np.take_along_axis(bands_BN, order_BN, axis=1)
-    with _whole(_signatures(folder, part)) as handle:
+    with whole_file(_signatures(folder, part)) as handle:
         np.save(handle, np.stack([sorted_BN, order_BN.astype(np.uint64)]))
 
 
@@ -73,7 +72,7 @@ def find_duplicates(folder: Path, parts: int, bucket: int) -> None:
         [0, *np.searchsorted(_read_signatures(folder, part)[0, bucket], cuts), count]
         for part, count in enumerate(counts)
     ]
-    with _whole(path) as handle:
+    with whole_file(path) as handle:
         for number in range(ranges):
             bands, documents = [], []
             for part, bound in enumerate(bounds):
@@ -99,7 +98,7 @@ def cluster_duplicates(folder: Path, parts: int) -> None:
     for part, count in enumerate(counts):
         drop = np.flatnonzero(is_other_N[start : start + count]).astype(np.uint32)
         start += count
-        with _whole(_drops(folder, part)) as handle:
+        with whole_file(_drops(folder, part)) as handle:
             np.save(handle, drop)
 
 
@@ -211,16 +210,3 @@ def _existing(path: Path) -> Path:
             f"{path} is absent, so near-duplicates cannot be found; run the step that writes it."
         )
     return path
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under its name only when all of it is written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as handle:
-            yield handle
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
