@@ -1,14 +1,14 @@
-"""Batched generation with a key/value cache. Shapes: B rows, T tokens, V vocabulary."""
+"""Generation with continuous batching: requests join and leave between steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-import torch
-from torch import Tensor
-
-from llama2.attention import KeyValueCache
-from llama2.generation.sampling import Sampling, draw
+from llama2.generation.pages import Pages
+from llama2.generation.request import FinishReason, Request, Token, new_request
+from llama2.generation.runner import Runner, default_cache_tokens
+from llama2.generation.sampling import Sampling
+from llama2.generation.scheduler import Counters, Scheduler
 from llama2.model import Transformer
 
 
@@ -18,18 +18,86 @@ class Completion:
 
     tokens: list[int]
     logprobs: list[float]
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class Engine:
-    """Generates for batches of up to `max_batch_size` prompts, dropping each row once it has
-    ended."""
+    """Answers requests, up to `max_batch_size` at a time.
 
-    def __init__(self, model: Transformer, max_batch_size: int = 256) -> None:
+    cache_tokens: tokens whose keys and values are held at a time; by default what all rows need, or
+    as much as a part of the free memory holds. Requests that find no room wait, and the newest give
+    way. chunk: most tokens of one prompt in a step.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_batch_size: int = 256,
+        cache_tokens: int | None = None,
+        chunk: int = 512,
+        share_prefixes: bool = True,
+    ) -> None:
         self.model = model
-        self.max_batch_size = max_batch_size
+        tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
+        self._runner = Runner(model, tokens)
+        cache = self._runner.cache
+        self._pages = Pages(self._runner.pages, cache.page_size)
+        self._scheduler = Scheduler(self._pages, max_batch_size, chunk, 2 * chunk, cache.copy)
+        self._requests: dict[str, Request] = {}
+        self._share_prefixes = share_prefixes
 
-    @torch.inference_mode()
+    @property
+    def busy(self) -> bool:
+        """Whether a request is unfinished."""
+        return bool(self._requests)
+
+    @property
+    def counters(self) -> Counters:
+        """What was done so far."""
+        return self._scheduler.counters
+
+    def submit(self, id: str, prompt: Sequence[int], sampling: Sampling, seed: int) -> None:
+        """Take a request, whose id no unfinished one has. Its draws are a function of `seed`,
+        whatever else is computed beside it.
+
+        Raises `ValueError` for a prompt that is empty, holds ids outside the vocabulary, leaves no
+        room in the context, or needs more keys and values than the cache holds.
+        """
+        assert id not in self._requests, f"request {id} is not finished"
+        self._check(prompt, sampling, "The prompt")
+        context = self.model.config.max_position_embeddings
+        made = new_request(id, prompt, sampling, seed, context, self._pages.size)
+        if not self._share_prefixes:
+            made.keys = []
+        self._requests[id] = made
+        self._scheduler.waiting.append(made)
+
+    def step(self) -> list[Token]:
+        """One pass through the model: the next token of every request whose prompt is computed.
+
+        Raises `FloatingPointError` where the model gives no numbers.
+        """
+        plan = self._scheduler.plan()
+        if not plan:
+            return []
+        drawing = [request for request, count in plan if count == request.pending]
+        tokens, logprobs = self._runner.run(plan)
+        for request, count in plan:
+            self._scheduler.computed(request, count)
+        self.counters.steps += 1
+        self.counters.drawn += len(drawing)
+        return [self._take(*row) for row in zip(drawing, tokens, logprobs, strict=True)]
+
+    def cancel(self, id: str) -> None:
+        """Give up a request; one that is unknown or has ended is left as it is."""
+        if id in self._requests:
+            self._scheduler.remove(self._requests.pop(id))
+
+    def weights_changed(self) -> None:
+        """Forget keys and values of the weights before. Not while a request is unfinished."""
+        assert not self.busy, "requests are unfinished"
+        self._pages.forget()
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -38,119 +106,63 @@ class Engine:
     ) -> list[Completion]:
         """One completion per prompt of token ids, in order.
 
-        seeds: one per prompt; its draws depend on nothing else, whatever is in the same batch.
-        By default they are counted up from `sampling.seed`.
-        Raises `ValueError` for a prompt that is empty, holds ids outside the vocabulary, or leaves
-        no room in the context.
+        seeds: one per prompt; by default they are counted up from `sampling.seed`.
+        Raises `ValueError` as `submit` does, before anything is computed.
         """
+        assert not self.busy, "requests are unfinished"
         sampling = sampling or Sampling()
         seeds = range(sampling.seed, sampling.seed + len(prompts)) if seeds is None else seeds
-        assert len(seeds) == len(prompts)
-        self._check(prompts)
-        # Prompts of like length share a batch, so that little padding is computed.
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self.max_batch_size):
-            batch = order[start : start + self.max_batch_size]
-            completions.update(_Batch(self.model, prompts, batch, sampling, seeds).run())
-        return [completions[i] for i in range(len(prompts))]
-
-    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
-        context, vocabulary = (
-            self.model.config.max_position_embeddings,
-            self.model.config.vocab_size,
-        )
         for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"Prompt {i} is empty; give at least the beginning-of-text token.")
-            if len(prompt) >= context:
-                raise ValueError(
-                    f"Prompt {i} has {len(prompt)} tokens, which leaves no room for an answer "
-                    f"in the context of {context}; shorten it."
-                )
-            if min(prompt) < 0 or max(prompt) >= vocabulary:
-                raise ValueError(
-                    f"Prompt {i} holds a token id outside the vocabulary of {vocabulary}; "
-                    "use the model's own tokenizer."
-                )
+            self._check(prompt, sampling, f"Prompt {i}")
+        drawn: dict[str, list[Token]] = {str(i): [] for i in range(len(prompts))}
+        try:
+            for id, prompt, seed in zip(drawn, prompts, seeds, strict=True):
+                self.submit(id, prompt, sampling, seed)
+            while self.busy:
+                for token in self.step():
+                    drawn[token.id].append(token)
+        finally:  # nothing is left behind by an interrupt
+            for id in drawn:
+                self.cancel(id)
+        return [_completion(tokens) for tokens in drawn.values()]
 
-
-class _Batch:
-    """Rows that are generated together: prompts padded left, so that all write the same column."""
-
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        batch: list[int],
-        sampling: Sampling,
-        seeds: Sequence[int],
-    ) -> None:
-        self.model, self.sampling = model, sampling
-        self.device = model.lm_head.weight.device
-        self.rows = torch.tensor(batch, device=self.device)
-        width = max(len(prompts[i]) for i in batch)
-        context = model.config.max_position_embeddings
-        self.limits = torch.tensor(
-            [min(sampling.max_new_tokens, context - len(prompts[i])) for i in batch],
-            device=self.device,
-        )
-        self.steps = int(self.limits.max())
-        self.inputs = torch.zeros(len(batch), width, dtype=torch.long)
-        self.segments = torch.zeros(len(batch), width, dtype=torch.long)
-        for row, i in enumerate(batch):
-            self.inputs[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-            self.segments[row, width - len(prompts[i]) :] = 1
-        self.inputs, self.segments = self.inputs.to(self.device), self.segments.to(self.device)
-        self.cache = KeyValueCache(
-            model.config, len(batch), width + self.steps, model.lm_head.weight.dtype, self.device
-        )
-        self.uniforms = torch.stack([self._uniforms(seeds[i]) for i in batch]).to(self.device)
-        self.stop = torch.tensor(sampling.stop_ids, device=self.device)
-        self.alive = torch.ones(len(batch), dtype=torch.bool, device=self.device)
-        self.tokens: dict[int, list[int]] = {i: [] for i in batch}
-        self.logprobs: dict[int, list[float]] = {i: [] for i in batch}
-        self.stopped: set[int] = set()
-
-    def _uniforms(self, seed: int) -> Tensor:
-        return torch.rand(self.steps, generator=torch.Generator().manual_seed(seed))
-
-    def run(self) -> dict[int, Completion]:
-        for step in range(self.steps):
-            tokens, logprobs = self._step(step)
-            self._record(tokens, logprobs)
-            stops = torch.isin(tokens, self.stop) & self.alive
-            self.stopped.update(self.rows[stops].tolist())
-            self.alive &= ~stops & (self.limits > step + 1)
-            if not self.alive.any():
-                break
-            self._advance(tokens)
-        return {
-            i: Completion(
-                self.tokens[i], self.logprobs[i], "stop" if i in self.stopped else "length"
+    def _take(self, request: Request, token: int, logprob: float) -> Token:
+        if math.isnan(logprob):
+            raise FloatingPointError(
+                f"The model gives no number behind token {len(request.tokens)} of request "
+                f"{request.id}; its weights are damaged."
             )
-            for i in self.tokens
-        }
+        drawn = request.append(token, logprob)
+        if drawn.finish_reason:
+            del self._requests[request.id]
+            self._scheduler.remove(request)
+        return drawn
 
-    def _step(self, step: int) -> tuple[Tensor, Tensor]:
-        hidden = self.model.model(self.inputs, self.segments, self.cache)
-        logits = self.model.lm_head(hidden[:, -1]).float()
-        tokens = draw(logits, self.sampling, self.uniforms[:, step])
-        chosen = logits.gather(1, tokens[:, None])[:, 0]
-        return tokens, chosen - logits.logsumexp(dim=-1)
+    def _check(self, prompt: Sequence[int], sampling: Sampling, what: str) -> None:
+        config = self.model.config
+        context, vocabulary = config.max_position_embeddings, config.vocab_size
+        if not len(prompt):
+            raise ValueError(f"{what} is empty; give at least the beginning-of-text token.")
+        if len(prompt) >= context:
+            raise ValueError(
+                f"{what} has {len(prompt)} tokens, which leaves no room for an answer "
+                f"in the context of {context}; shorten it."
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise ValueError(
+                f"{what} holds a token id outside the vocabulary of {vocabulary}; "
+                "use the model's own tokenizer."
+            )
+        longest = min(context, len(prompt) + sampling.max_new_tokens) - 1
+        room = self._pages.count * self._pages.size
+        if longest > room:
+            raise ValueError(
+                f"{what} and its answer may have {longest + 1} tokens and the cache holds {room}; "
+                "ask for fewer tokens, or make the cache larger."
+            )
 
-    def _record(self, tokens: Tensor, logprobs: Tensor) -> None:
-        columns = (self.rows, tokens, logprobs)
-        for i, token, logprob in zip(*(c[self.alive].tolist() for c in columns), strict=True):
-            self.tokens[i].append(token)
-            self.logprobs[i].append(logprob)
 
-    def _advance(self, tokens: Tensor) -> None:
-        # Dropping rows copies the cache, which costs about a step: wait until a quarter is idle.
-        if self.alive.float().mean() < 0.75:
-            kept = self.alive.nonzero()[:, 0]
-            self.cache.keep(kept)
-            self.rows, self.limits = self.rows[kept], self.limits[kept]
-            self.uniforms, self.alive, tokens = self.uniforms[kept], self.alive[kept], tokens[kept]
-        self.inputs = tokens[:, None]
-        self.segments = torch.ones_like(self.inputs)
+def _completion(tokens: list[Token]) -> Completion:
+    reason = tokens[-1].finish_reason
+    assert reason is not None
+    return Completion([t.token for t in tokens], [t.logprob for t in tokens], reason)

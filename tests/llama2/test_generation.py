@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from torch import Tensor
 
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
-from llama2.generation.sampling import draw
+from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
 
 CONFIG = ModelConfig(
@@ -96,17 +97,65 @@ def test_frequencies_follow_the_model(model: Transformer) -> None:
     assert statistic < 99.6
 
 
+def drawn(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
+    return draw(logits, uniforms, settings([sampling] * len(logits), logits.device))[0]
+
+
 def test_truncation_keeps_the_likeliest() -> None:
     logits = torch.tensor([[0.1, 0.5, 0.3, 0.1]]).log().expand(1000, 4)
     uniforms = torch.linspace(0, 0.999, 1000)
-    assert set(draw(logits, Sampling(top_k=2), uniforms).tolist()) == {1, 2}
-    assert set(draw(logits, Sampling(top_p=0.5), uniforms).tolist()) == {1}
-    assert set(draw(logits, Sampling(top_p=0.6), uniforms).tolist()) == {1, 2}
-    cold = draw(logits, Sampling(temperature=0.25), uniforms)
+    assert set(drawn(logits, Sampling(top_k=2), uniforms).tolist()) == {1, 2}
+    assert set(drawn(logits, Sampling(top_p=0.5), uniforms).tolist()) == {1}
+    assert set(drawn(logits, Sampling(top_p=0.6), uniforms).tolist()) == {1, 2}
+    # Of the two likeliest, 0.5 / 0.8 = 0.625 falls to the first.
+    assert set(drawn(logits, Sampling(top_k=2, top_p=0.62), uniforms).tolist()) == {1}
+    assert set(drawn(logits, Sampling(top_k=2, top_p=0.63), uniforms).tolist()) == {1, 2}
+    cold = drawn(logits, Sampling(temperature=0.25), uniforms)
     weights = torch.tensor([0.1, 0.5, 0.3, 0.1]) ** 4
     expected = weights / weights.sum()
     shares = torch.bincount(cold, minlength=4) / 1000
     torch.testing.assert_close(shares, expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(top_p=0.4),  # within the candidates
+        Sampling(temperature=3.0, top_p=0.9),  # beyond them
+        Sampling(top_k=7),
+        Sampling(top_k=500, top_p=0.95),
+    ],
+)
+def test_frequencies_of_draws(sampling: Sampling) -> None:
+    """Against probabilities worked out entry by entry, over evenly spread uniform numbers."""
+    torch.manual_seed(0)
+    vocabulary, count = 1000, 20_000
+    logits = (torch.randn(vocabulary) * 2).double()
+    weights = (logits / (sampling.temperature or 1)).softmax(0)
+    kept, order = torch.zeros(vocabulary).double(), weights.argsort(descending=True).tolist()
+    likeliest = order[: sampling.top_k or vocabulary]
+    total, sum_before = float(weights[likeliest].sum()), 0.0
+    for token in likeliest:
+        if sum_before < sampling.top_p * total:
+            kept[token] = weights[token]
+        sum_before += float(weights[token])
+    expected = kept / kept.sum()
+    uniforms = ((torch.arange(count) + 0.5) / count)[torch.randperm(count)]
+    tokens, logprobs = [], []
+    for part in uniforms.split(1000):
+        rows = logits.float().expand(len(part), vocabulary)
+        # A row of another kind beside them changes nothing.
+        mixed = settings([sampling] * (len(part) - 1) + [Sampling(top_p=0.5)], rows.device)
+        found, of_found = draw(rows, part, mixed)
+        tokens.append(found[:-1])
+        logprobs.append(of_found[:-1])
+    shares = torch.bincount(torch.cat(tokens), minlength=vocabulary) / (count - 20)
+    assert (shares - expected).abs().max() < 2e-3
+    assert not shares[expected == 0].any()
+    exact = logits.log_softmax(0)[torch.cat(tokens)].float()
+    torch.testing.assert_close(torch.cat(logprobs), exact, atol=1e-4, rtol=0)
 
 
 def test_length_limits(model: Transformer) -> None:

@@ -1,0 +1,85 @@
+"""Runs the model over what the scheduler planned, and draws.
+
+Shapes: R rows that draw, V vocabulary.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from llama2.generation.decoder import Cache, Decoder, Span
+from llama2.generation.graphs import DecodingGraphs
+from llama2.generation.product_cache import ProductCache
+from llama2.generation.request import Request
+from llama2.generation.sampling import draw, settings
+from llama2.generation.varlen_cache import VarlenCache
+from llama2.model import Transformer
+
+
+class Runner:
+    """A model with a cache for `cache_tokens` tokens, on the model's device."""
+
+    def __init__(self, model: Transformer, cache_tokens: int) -> None:
+        weight = model.lm_head.weight
+        self._device = weight.device
+        self._decoder = Decoder(model)
+        self._graphs: DecodingGraphs | None = None
+        self._sample = draw
+        on_gpu = weight.device.type == "cuda"
+        kind: type[VarlenCache | ProductCache] = ProductCache
+        if on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
+            kind = VarlenCache  # flash attention knows no float32
+        self.pages = -(-cache_tokens // kind.page_size)
+        self.cache: Cache = kind(model.config, self.pages, weight.dtype, weight.device)
+        if on_gpu:
+            self._sample = torch.compile(draw, dynamic=True)
+        if isinstance(self.cache, VarlenCache):
+            self._graphs = DecodingGraphs(self._decoder, self.cache)
+
+    @torch.inference_mode()
+    def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:
+        """Compute so many tokens of each request; the next token of those that are then complete,
+        in their order, and its log-probability."""
+        drawing = [request for request, count in plan if count == request.pending]
+        logits_RV = self._forward(plan)
+        if not drawing:
+            return [], []
+        uniforms_R = torch.tensor([request.uniform for request in drawing], device=self._device)
+        rows = settings([request.sampling for request in drawing], self._device)
+        tokens_R, logprobs_R = self._sample(logits_RV, uniforms_R, rows)
+        return tokens_R.tolist(), logprobs_R.tolist()
+
+    def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
+        spans = [Span(request.pages, request.computed, count) for request, count in plan]
+        tokens: list[int] = []
+        positions: list[int] = []
+        drawing: list[int] = []
+        for request, count in plan:
+            end = request.computed + count
+            tokens += request.tokens[request.computed : end]
+            positions += range(request.computed, end)
+            if end == len(request.tokens):
+                drawing.append(len(tokens) - 1)
+        if self._graphs is not None and len(tokens) == len(drawing) == len(plan):
+            return self._graphs.forward(tokens, spans)
+        self.cache.begin(spans)
+        return self._decoder.forward(
+            self._tensor(tokens), self._tensor(positions), self._tensor(drawing), self.cache
+        )
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def default_cache_tokens(model: Transformer, rows: int) -> int:
+    """Tokens that `rows` full rows hold, or as many as fit into a quarter of a CPU's free memory
+    or half of a GPU's."""
+    config, weight = model.config, model.lm_head.weight
+    width = config.num_key_value_heads * config.head_width
+    token_bytes = 2 * config.num_hidden_layers * width * weight.dtype.itemsize
+    if weight.device.type == "cuda":
+        room = torch.cuda.mem_get_info(weight.device)[0] // 2
+    else:
+        room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return min(rows * config.max_position_embeddings, room // token_bytes)
