@@ -17,11 +17,15 @@ from llama2.rope import inverse_frequencies, rotation
 
 
 class Span(NamedTuple):
-    """Tokens of one row to compute: `length` of them behind `past`, all in `pages`."""
+    """Tokens of one row to compute: `length` of them behind `past`, all in `pages`.
+
+    decodes: whether it is the one token that the next is drawn after, or was.
+    """
 
     pages: Sequence[int]
     past: int
     length: int
+    decodes: bool
 
 
 class Cache(Protocol):
@@ -33,7 +37,7 @@ class Cache(Protocol):
         """Give one page the content of another."""
 
     def begin(self, spans: Sequence[Span]) -> None:
-        """Prepare a forward pass over the tokens of `spans`, those of one token first."""
+        """Prepare a forward pass over the tokens of `spans`, those that decode first."""
 
     def attend(self, layer: int, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor) -> Tensor:
         """Store keys and values of the batch's tokens and return what their queries see, NHK."""

@@ -26,7 +26,8 @@ class Engine:
 
     cache_tokens: tokens whose keys and values are held at a time; by default what all rows need, or
     as much as a part of the free memory holds. Requests that find no room wait, and the newest give
-    way. chunk: most tokens of one prompt in a step.
+    way. chunk: most tokens of one prompt in a step, rounded up to whole pages. share_prefixes: take
+    over keys and values of prompts that begin alike.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Engine:
         plan = self._scheduler.plan()
         if not plan:
             return []
-        drawing = [request for request, count in plan if count == request.pending]
+        drawing = [request for request, _ in plan if request.draws]
         tokens, logprobs = self._runner.run(plan)
         for request, count in plan:
             self._scheduler.computed(request, count)

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llama2.attention import attend
 from llama2.config import ModelConfig
 from llama2.generation.decoder import Span
 
@@ -90,14 +88,14 @@ class _Decoding(NamedTuple):
 
 
 class _Chunks(NamedTuple):
-    """Rows with as many query tokens, and as many before them, from token `start` of the batch."""
+    """Rows with as many query tokens, and as many before them in `pages` pages, from token `start`
+    of the batch. past: whole pages."""
 
     start: int
     rows: int
     past: int
     length: int
     pages: Tensor | None
-    mask: Tensor | None
 
 
 class ProductCache:
@@ -122,8 +120,8 @@ class ProductCache:
         self.values[:, target] = self.values[:, source]
 
     def begin(self, spans: Sequence[Span]) -> None:
-        """Prepare a forward pass over the tokens of `spans`, those of one token first."""
-        singles = [span for span in spans if span.length == 1]
+        """Prepare a forward pass over the tokens of `spans`, those that decode first."""
+        singles = [span for span in spans if span.decodes]
         chunks = spans[len(singles) :]
         slots = np.concatenate(
             (
@@ -149,15 +147,13 @@ class ProductCache:
             )
         for chunk in self._chunks:
             tokens = slice(chunk.start, chunk.start + chunk.rows * chunk.length)
-            query, key, value = (
+            query_BTHK, key_BTGK, value_BTGK = (
                 x[tokens].unflatten(0, (chunk.rows, chunk.length))
                 for x in (query_NHK, key_NGK, value_NGK)
             )
-            if chunk.pages is None:
-                mixed = attend(query, key, value)
-            else:
-                mixed = _attend_past(query, keys, values, chunk)
-            parts.append(mixed.flatten(0, 1))
+            key_BGSK = _behind(chunk.pages, keys, key_BTGK)
+            value_BGSK = _behind(chunk.pages, values, value_BTGK)
+            parts.append(_attend_chunk(query_BTHK, key_BGSK, value_BGSK).flatten(0, 1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _decode(self, singles: Sequence[Span]) -> _Decoding:
@@ -224,12 +220,9 @@ class ProductCache:
         found = []
         for (past, length), alike in groupby(spans, key=lambda span: (span.past, span.length)):
             members = list(alike)
-            pages = mask = None
-            if past:
-                needed = -(-(past + length) // PAGE)
-                pages = self._tensor(np.array([span.pages[:needed] for span in members]))
-                mask = self._tensor(np.tri(length, past + length, past, dtype=bool))
-            found.append(_Chunks(start, len(members), past, length, pages, mask))
+            before = [span.pages[: past // PAGE] for span in members]
+            pages = self._tensor(np.array(before)) if past else None
+            found.append(_Chunks(start, len(members), past, length, pages))
             start += len(members) * length
         return found
 
@@ -295,20 +288,30 @@ def _by_row(parts: list[Tensor], plan: _Decoding) -> Tensor:
     return sums.index_add_(0, plan.row_M, every.index_select(0, plan.tile_M).float())
 
 
-def _attend_past(query_BTHK: Tensor, keys: Tensor, values: Tensor, chunk: _Chunks) -> Tensor:
-    """Attention of a chunk of tokens over the pages before it and its own."""
-    assert chunk.pages is not None
-    rows, pages = chunk.pages.shape
-    repeats = query_BTHK.shape[2] // keys.shape[1]
-    flat = chunk.pages.flatten()
+def _behind(pages_BU: Tensor | None, pool: Tensor, x_BTGK: Tensor) -> Tensor:
+    """What lies in a row's pages, and the chunk's own tokens behind it, [B, G, S, K]."""
+    x_BGTK = x_BTGK.transpose(1, 2)
+    if pages_BU is None:
+        return x_BGTK.contiguous()
+    past_BGSK = pool[pages_BU].transpose(1, 2).flatten(2, 3)
+    return torch.cat((past_BGSK, x_BGTK), dim=2)
 
-    def gathered(pool: Tensor) -> Tensor:
-        lines = pool.index_select(0, flat).unflatten(0, (rows, pages)).transpose(1, 2)
-        lines = lines.flatten(2, 3)[:, :, : chunk.past + chunk.length]
-        return lines.repeat_interleave(repeats, dim=1) if repeats > 1 else lines
 
-    query = query_BTHK.transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(
-        query, gathered(keys), gathered(values), attn_mask=chunk.mask
-    )
-    return mixed.transpose(1, 2)
+def _attend_chunk(query_BTHK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor) -> Tensor:
+    """Causal attention of the last T of S tokens, [B, T, H, K], a page of queries at a time: how
+    a page is computed does not depend on which others are computed with it."""
+    length, width = query_BTHK.shape[1], query_BTHK.shape[3]
+    groups, past = key_BGSK.shape[1], key_BGSK.shape[2] - length
+    scaled = (query_BTHK * width**-0.5).unflatten(2, (groups, -1))  # B T G Q K
+    mixed_BTHK = torch.empty_like(query_BTHK)
+    future = query_BTHK.new_full((PAGE, PAGE), float("-inf")).triu(1)
+    for start in range(0, length, PAGE):
+        end = min(start + PAGE, length)
+        seen, size = past + end, end - start
+        query = scaled[:, start:end].permute(0, 2, 3, 1, 4).flatten(2, 3)  # B G QT K
+        scores = (query @ key_BGSK[:, :, :seen].transpose(2, 3)).unflatten(2, (-1, size))
+        scores[..., past + start :] += future[:size, :size]
+        weights = scores.softmax(dim=-1).flatten(2, 3)
+        mixed = (weights @ value_BGSK[:, :, :seen]).unflatten(2, (-1, size))  # B G Q T K
+        mixed_BTHK[:, start:end] = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return mixed_BTHK

@@ -44,9 +44,15 @@ class Request:
     """Tokens whose keys and values lie in the pages."""
 
     @property
-    def pending(self) -> int:
-        """Tokens to compute before the next can be drawn."""
-        return len(self.tokens) - self.computed
+    def prefix(self) -> int:
+        """Tokens to compute before those that are computed one at a time: the prompt's last, after
+        which comes the first draw, and what was drawn."""
+        return self.prompt_length - 1 - self.computed
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn once one more is computed."""
+        return self.computed == len(self.tokens) - 1
 
     @property
     def uniform(self) -> float:

@@ -39,9 +39,9 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:
-        """Compute so many tokens of each request; the next token of those that are then complete,
-        in their order, and its log-probability."""
-        drawing = [request for request, count in plan if count == request.pending]
+        """Compute so many tokens of each request; the next token of those that draw one, in their
+        order, and its log-probability."""
+        drawing = [request for request, _ in plan if request.draws]
         logits_RV = self._forward(plan)
         if not drawing:
             return [], []
@@ -51,7 +51,7 @@ class Runner:
         return tokens_R.tolist(), logprobs_R.tolist()
 
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
-        spans = [Span(request.pages, request.computed, count) for request, count in plan]
+        spans = [Span(r.pages, r.computed, count, r.prefix <= 0) for r, count in plan]
         tokens: list[int] = []
         positions: list[int] = []
         drawing: list[int] = []
@@ -59,10 +59,10 @@ class Runner:
             end = request.computed + count
             tokens += request.tokens[request.computed : end]
             positions += range(request.computed, end)
-            if end == len(request.tokens):
+            if request.draws:
                 drawing.append(len(tokens) - 1)
-        if self._graphs is not None and len(tokens) == len(drawing) == len(plan):
-            return self._graphs.forward(tokens, spans)
+        if self._graphs is not None and all(span.decodes for span in spans):
+            return self._graphs.forward(tokens, spans)[drawing]
         self.cache.begin(spans)
         return self._decoder.forward(
             self._tensor(tokens), self._tensor(positions), self._tensor(drawing), self.cache

@@ -14,9 +14,10 @@ class Counters:
 
     steps: int = 0
     computed: int = 0
-    """Prompt tokens that went through the model, those of preempted requests again."""
+    """Tokens of prompts, but for the last of each, that went through the model; those of preempted
+    requests again."""
     reused: int = 0
-    """Prompt tokens whose keys and values another request had computed."""
+    """Such tokens whose keys and values another request had computed."""
     drawn: int = 0
     preempted: int = 0
 
@@ -25,9 +26,10 @@ class Scheduler:
     """First come, first served, as long as there are rows and pages.
 
     Where pages run out, the request that came last gives back its own and waits at the head of the
-    queue; what it had drawn is computed again.
-    copy: duplicates the content of a page. chunk: most tokens of one prompt in a step, so that a
-    long prompt does not hold up the others; where a prompt is cut depends on nothing else.
+    queue; what it had drawn is computed again, one token at a time like the first time, so that
+    rounding is the same too.
+    copy: duplicates the content of a page. chunk: most tokens of one prompt in a step, whole pages
+    of them, so that a long prompt does not hold up the others.
     """
 
     def __init__(
@@ -37,24 +39,26 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.counters = Counters()
         self._pages, self._rows, self._copy = pages, rows, copy
-        self._chunk, self._budget = chunk, max(chunk, budget)
+        self._chunk = pages.needed(chunk) * pages.size
+        self._budget = max(self._chunk, budget)
 
     def plan(self) -> list[tuple[Request, int]]:
-        """Requests and how many tokens of each to compute now; those that draw a token by a single
-        one come first."""
+        """Requests and how many tokens of each to compute now; those past their prompts' beginning,
+        of which it is one, come first."""
         self._extend()
-        budget = self._budget - sum(
-            min(self._chunk, request.pending) for request in self.running if request.pending > 1
-        )
-        self._admit(budget)
-        singles = [(request, 1) for request in self.running if request.pending == 1]
+        self._admit(self._budget - sum(self._due(request) for request in self.running))
+        decoding = [(request, 1) for request in self.running if request.prefix <= 0]
         budget, chunks = self._budget, []
         for request in self.running:
-            count = min(self._chunk, request.pending)
-            if count > 1 and count <= budget:
-                budget -= count
-                chunks.append((request, count))
-        return singles + chunks
+            due = self._due(request)
+            if 0 < due <= budget:
+                budget -= due
+                chunks.append((request, due))
+        return decoding + chunks
+
+    def _due(self, request: Request) -> int:
+        """Tokens of the prompt's beginning that a step should compute."""
+        return max(0, min(self._chunk, request.prefix))
 
     def computed(self, request: Request, count: int) -> None:
         """Note that `count` more tokens lie in the request's pages."""
@@ -112,7 +116,7 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(request)
             promised.update(self._promised(request))
-            budget -= min(self._chunk, request.pending)
+            budget -= self._due(request)
         self.waiting.extendleft(reversed(held))
 
     def _promised(self, request: Request) -> list[bytes]:

@@ -52,7 +52,7 @@ class VarlenCache:
     def begin(self, spans: Sequence[Span]) -> None:
         """Prepare a forward pass over the tokens of `spans`."""
         starts, slots = [0], []
-        for pages, past, length in spans:
+        for pages, past, length, _ in spans:
             positions = range(past, past + length)
             slots += [pages[position // PAGE] * PAGE + position % PAGE for position in positions]
             starts.append(starts[-1] + length)
