@@ -39,8 +39,9 @@ class Cache(Protocol):
     def begin(self, spans: Sequence[Span]) -> None:
         """Prepare a forward pass over the tokens of `spans`, those that decode first."""
 
-    def attend(self, layer: int, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor) -> Tensor:
-        """Store keys and values of the batch's tokens and return what their queries see, NHK."""
+    def attend(self, layer: int, query_NHK: Tensor, key_value_NGK: Tensor) -> Tensor:
+        """Store keys and values, [N, 2 G, K], of the batch's tokens and return what their queries
+        see, [N, H, K]."""
 
 
 class _Fused(NamedTuple):
@@ -87,9 +88,8 @@ class Decoder:
         fused = self._fused[index]
         normal_ND = _normalize(layer.input_layernorm, x_ND)
         qkv = F.linear(normal_ND, fused.qkv, fused.qkv_bias).unflatten(1, (-1, self.width))
-        turned, value_NGK = qkv.split((self.heads + self.groups, self.groups), dim=1)
-        query_NHK, key_NGK = _turn(turned, cos, sin).split((self.heads, self.groups), dim=1)
-        mixed_NHK = cache.attend(index, query_NHK, key_NGK, value_NGK)
+        _turn(qkv[:, : self.heads + self.groups], cos, sin)
+        mixed_NHK = cache.attend(index, qkv[:, : self.heads], qkv[:, self.heads :])
         return cast(Tensor, layer.self_attn.o_proj(mixed_NHK.flatten(1)))
 
     def _feed_forward(self, layer: Layer, index: int, x_ND: Tensor) -> Tensor:
@@ -105,9 +105,11 @@ def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), norm.weight, norm.eps)
 
 
-def _turn(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> Tensor:
+def _turn(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> None:
+    """Turn queries and keys to their positions, in place."""
     first, second = x_NHK.chunk(2, dim=-1)
-    return (x_NHK * cos_N1K).addcmul_(torch.cat((second, first), dim=-1), sin_N1K)
+    swapped = torch.cat((second, first), dim=-1)
+    torch.addcmul(x_NHK * cos_N1K, swapped, sin_N1K, out=x_NHK)
 
 
 def _fuse(layer: nn.Module) -> _Fused:

@@ -27,6 +27,9 @@ BITS = 1.4426950408889634
 """log2(e): torch's exp2 is several times as fast as its exp, which slows down where it gives 0."""
 WINDOWS = 2
 """Runs of pages that are read where they lie; further ones are copied together."""
+GAP = 64
+"""Pages that nobody wants between two runs; fewer are read besides, which costs less than to treat
+the two apart."""
 
 
 Array = np.ndarray[Any, Any]
@@ -42,12 +45,13 @@ class _Own(NamedTuple):
 
     def scores(self, query_RGQK: Tensor, keys: Tensor) -> Tensor:
         """Products of queries and keys in bits, [M, G, Q, P], float32."""
-        products = query_RGQK.index_select(0, self.row_M) @ keys[self.pages].transpose(2, 3)
+        query_MGQK = query_RGQK.index_select(0, self.row_M)
+        products = _product(query_MGQK, keys[self.pages].transpose(2, 3))
         return torch.add(self.mask_MP[:, None, None], products, alpha=_scale(keys))
 
     def mix(self, weights_MGQP: Tensor, values: Tensor) -> Tensor:
         """Weighted sums of values, [M, G, Q, K]."""
-        return weights_MGQP @ values[self.pages]
+        return _product(weights_MGQP, values[self.pages])
 
 
 class _Shared(NamedTuple):
@@ -61,13 +65,13 @@ class _Shared(NamedTuple):
     def scores(self, query_RGQK: Tensor, keys: Tensor) -> Tensor:
         """Products of queries and keys in bits, [M, G, Q, P], float32."""
         query_MGQK = query_RGQK.index_select(0, self.row_M)
-        products = self._by_page(query_MGQK) @ keys[self.pages_U].transpose(2, 3)
+        products = _product(self._by_page(query_MGQK), keys[self.pages_U].transpose(2, 3))
         mask = self.mask_M[:, None, None, None]
         return torch.add(mask, self._by_pair(products), alpha=_scale(keys))
 
     def mix(self, weights_MGQP: Tensor, values: Tensor) -> Tensor:
         """Weighted sums of values, [M, G, Q, K]."""
-        return self._by_pair(self._by_page(weights_MGQP) @ values[self.pages_U])
+        return self._by_pair(_product(self._by_page(weights_MGQP), values[self.pages_U]))
 
     def _by_page(self, x_MGQK: Tensor) -> Tensor:
         return x_MGQK.unflatten(0, (len(self.pages_U), -1)).transpose(1, 2).flatten(2, 3)
@@ -108,16 +112,16 @@ class ProductCache:
     ) -> None:
         self.groups, self.width = config.num_key_value_heads, config.head_width
         self._device = device
-        shape = (config.num_hidden_layers, pages, self.groups, PAGE, self.width)
-        self.keys, self.values = (_zeros(shape, dtype).to(device) for _ in range(2))
-        self._slots_M = torch.empty(0, dtype=torch.long)
+        shape = (config.num_hidden_layers, 2, pages, self.groups, PAGE, self.width)
+        self._pool = _zeros(shape, dtype).to(device)
+        self._layers = [(*layer, layer.view(-1, self.width)) for layer in self._pool]
+        self._rows_NG = torch.empty(0, 0, dtype=torch.long)
         self._decoding: _Decoding | None = None
         self._chunks: list[_Chunks] = []
 
     def copy(self, source: int, target: int) -> None:
         """Give one page the content of another."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        self._pool[:, :, target] = self._pool[:, :, source]
 
     def begin(self, spans: Sequence[Span]) -> None:
         """Prepare a forward pass over the tokens of `spans`, those that decode first."""
@@ -131,25 +135,25 @@ class ProductCache:
         )
         page, offset = np.divmod(slots, PAGE)
         rows = (page[:, None] * self.groups + np.arange(self.groups)) * PAGE + offset[:, None]
-        self._slots_M = self._tensor(rows.reshape(-1))
+        values = self._pool.shape[2] * self.groups * PAGE  # rows of keys before those of values
+        self._rows_NG = self._tensor(np.concatenate((rows, rows + values), axis=1))
         self._decoding = self._decode(singles) if singles else None
         self._chunks = self._alike(chunks, len(singles))
 
-    def attend(self, layer: int, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor) -> Tensor:
-        """Store keys and values of the batch's tokens and return what their queries see, NHK."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys.view(-1, self.width).index_copy_(0, self._slots_M, key_NGK.flatten(0, 1))
-        values.view(-1, self.width).index_copy_(0, self._slots_M, value_NGK.flatten(0, 1))
+    def attend(self, layer: int, query_NHK: Tensor, key_value_NGK: Tensor) -> Tensor:
+        """Store keys and values, [N, 2 G, K], of the batch's tokens and return what their queries
+        see, [N, H, K]."""
+        keys, values, rows = self._layers[layer]
+        rows.index_put_((self._rows_NG,), key_value_NGK)
         parts = []
         if self._decoding is not None:
-            parts.append(
-                _attend_pages(query_NHK[: self._decoding.rows], keys, values, self._decoding)
-            )
+            decoding = query_NHK[: self._decoding.rows]
+            parts.append(_attend_pages(decoding, keys, values, self._decoding))
         for chunk in self._chunks:
             tokens = slice(chunk.start, chunk.start + chunk.rows * chunk.length)
             query_BTHK, key_BTGK, value_BTGK = (
                 x[tokens].unflatten(0, (chunk.rows, chunk.length))
-                for x in (query_NHK, key_NGK, value_NGK)
+                for x in (query_NHK, *key_value_NGK.chunk(2, dim=1))
             )
             key_BGSK = _behind(chunk.pages, keys, key_BTGK)
             value_BGSK = _behind(chunk.pages, values, value_BTGK)
@@ -238,17 +242,22 @@ def _windows(page_M: Array, single_M: Array) -> list[tuple[Array, slice | None]]
     """Pages of one row each, in groups: those of a run of pages of which at least half are wanted,
     where reading those in between costs less than a copy, and last the rest."""
     pages = np.sort(page_M[single_M])
-    runs = np.split(pages, np.flatnonzero(np.diff(pages) > 16) + 1)
-    dense = [run for run in runs if len(run) > 16 and 2 * len(run) > run[-1] - run[0]]
+    runs = [pages]
+    if len(pages) and not _dense(pages):
+        runs = np.split(pages, np.flatnonzero(np.diff(pages) > GAP) + 1)
     found: list[tuple[Array, slice | None]] = []
     left_M = single_M.copy()
-    for run in sorted(dense, key=len, reverse=True)[:WINDOWS]:
+    for run in sorted(filter(_dense, runs), key=len, reverse=True)[:WINDOWS]:
         chosen_M = single_M & (page_M >= run[0]) & (page_M <= run[-1])
         found.append((chosen_M, slice(int(run[0]), int(run[-1]) + 1)))
         left_M &= ~chosen_M
     if left_M.any():
         found.append((left_M, None))
     return found
+
+
+def _dense(pages: Array) -> bool:
+    return len(pages) > GAP // 4 and 2 * len(pages) > int(pages[-1] - pages[0])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -272,20 +281,22 @@ def _attend_pages(query_RHK: Tensor, keys: Tensor, values: Tensor, plan: _Decodi
         peak_MGQ = score_MGQP.amax(dim=-1)
         rows = part.row_M[:, None, None].expand_as(peak_MGQ)
         highest.scatter_reduce_(0, rows, peak_MGQ, "amax")
-    mixed, total = [], []
+    mixed = []
     for part, score_MGQP in zip(plan.parts, scores, strict=True):
         weights = score_MGQP.sub_(highest.index_select(0, part.row_M)[..., None]).exp2_()
-        total.append(weights.sum(dim=-1))
-        mixed.append(part.mix(weights.to(values.dtype), values))
-    numerator, denominator = _by_row(mixed, plan), _by_row(total, plan)
-    return (numerator / denominator[..., None]).to(values.dtype).view_as(query_RHK)
+        parts = (part.mix(weights.to(values.dtype), values), weights.sum(dim=-1, keepdim=True))
+        mixed.append(torch.cat(parts, dim=-1))  # in float32, with their sum as one more column
+    every = mixed[0] if len(mixed) == 1 else torch.cat(mixed)
+    # In the order of a row's pages, so that the sum is the same wherever they lie.
+    total = every.new_zeros((plan.rows, *every.shape[1:]))
+    total.index_add_(0, plan.row_M, every.index_select(0, plan.tile_M))
+    mixed_RGQK = total[..., :-1] / total[..., -1:]
+    return mixed_RGQK.to(values.dtype).view(query_RHK.shape)
 
 
-def _by_row(parts: list[Tensor], plan: _Decoding) -> Tensor:
-    """Sums over the pages of each row, in their order: the same wherever the pages lie."""
-    every = parts[0] if len(parts) == 1 else torch.cat(parts)
-    sums = every.new_zeros((plan.rows, *every.shape[1:]), dtype=torch.float32)
-    return sums.index_add_(0, plan.row_M, every.index_select(0, plan.tile_M).float())
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right over two dimensions of a batch, without matmul's detours."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
 def _behind(pages_BU: Tensor | None, pool: Tensor, x_BTGK: Tensor) -> Tensor:

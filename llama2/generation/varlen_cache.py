@@ -68,7 +68,7 @@ class VarlenCache:
             max(lengths),
         )
 
-    def attend(self, layer: int, query_NHK: Tensor, key_NGK: Tensor, value_NGK: Tensor) -> Tensor:
+    def attend(self, layer: int, query_NHK: Tensor, key_value_NGK: Tensor) -> Tensor:
         """Store keys and values of the batch's tokens and return what their queries see, NHK."""
         # Only there is it needed, and importing it takes a while.
         from torch.nn.attention.varlen import varlen_attn
@@ -76,6 +76,7 @@ class VarlenCache:
         assert self.reading is not None
         slots_N, starts, lengths_R, pages, longest_query, longest = self.reading
         keys, values = self.keys[layer], self.values[layer]
+        key_NGK, value_NGK = key_value_NGK.chunk(2, dim=1)
         keys.flatten(0, 1).index_copy_(0, slots_N, key_NGK)
         values.flatten(0, 1).index_copy_(0, slots_N, value_NGK)
         mixed_NHK = varlen_attn(
