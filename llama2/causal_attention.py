@@ -1,7 +1,8 @@
 """Causal attention in bfloat16 on a CPU, where torch's fused kernel has a slow backward pass.
 
 Queries are taken in blocks, each with the keys up to its own end, so that the half of the scores
-that lies in the future is mostly never computed. The rest is plain batched products.
+that lies in the future is mostly never computed. The rest is plain batched products, whose factors
+lie contiguous: of slices torch would make copies, slow ones where a slice is transposed as well.
 Shapes: B rows, T tokens, H heads, K head width, M = B H; L keys that a block of queries sees.
 """
 
@@ -20,46 +21,53 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class _CausalAttention(torch.autograd.Function):
+    """Keeps its inputs in blocks: glibc's allocator cannot place a tensor in the hole that one of
+    the same size left, but smaller ones."""
+
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         mixed = torch.empty_like(query, memory_format=torch.contiguous_format)
-        query_MTK = _flat(query * query.shape[-1] ** -0.5)
-        key_MTK, value_MTK = _flat(key), _flat(value)
+        blocks = _blocks(query.shape[1])
         future = query.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
-        weights = []
-        for start, end in _blocks(query.shape[1]):
-            scores_MTL = torch.bmm(query_MTK[:, start:end], key_MTK[:, :end].transpose(1, 2))
+        queries, keys, values, weights = [], [], [], []
+        for start, end in blocks:
+            queries.append(_flat(query[:, start:end], query.shape[-1] ** -0.5))
+            keys.append(_flat(key[:, start:end]))
+            values.append(_flat(value[:, start:end]))
+            scores_MTL = torch.bmm(queries[-1], torch.cat(keys, 1).transpose(1, 2))
             scores_MTL[:, :, start:] += future[: end - start, : end - start]
             weights.append(torch.softmax(scores_MTL, dim=-1, out=scores_MTL))
-            _put(mixed, start, torch.bmm(scores_MTL, value_MTK[:, :end]))
-        ctx.save_for_backward(query_MTK, key_MTK, value_MTK, *weights)
+            _put(mixed[:, start:end], torch.bmm(scores_MTL, torch.cat(values, 1)))
+        ctx.save_for_backward(*queries, *keys, *values, *weights)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query_MTK, key_MTK, value_MTK, *weights = ctx.saved_tensors
-        grad_mixed_MTK = _flat(gradients[0])
-        grad_query = torch.empty_like(gradients[0], memory_format=torch.contiguous_format)
+        grad_mixed, tokens = gradients[0], gradients[0].shape[1]
+        grad_query = torch.empty_like(grad_mixed, memory_format=torch.contiguous_format)
         grad_key_MTK = grad_value_MTK = torch.empty(0)
-        blocks = list(zip(_blocks(key_MTK.shape[1]), weights, strict=True))
-        for (start, end), weights_MTL in reversed(blocks):
-            grad_block = grad_mixed_MTK[:, start:end]
-            grad_weights = torch.bmm(grad_block, value_MTK[:, :end].transpose(1, 2))
+        blocks = _blocks(tokens)
+        saved, count = ctx.saved_tensors, len(blocks)
+        queries, keys, values, weights = (saved[i * count : (i + 1) * count] for i in range(4))
+        for i in reversed(range(count)):
+            (start, end), weights_MTL = blocks[i], weights[i]
+            grad_block = _flat(grad_mixed[:, start:end])
+            grad_weights = torch.bmm(grad_block, torch.cat(values[: i + 1], 1).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(
                 grad_weights, weights_MTL, -1, weights_MTL.dtype
             )
             to_value = torch.bmm(weights_MTL.transpose(1, 2), grad_block)
-            to_key = torch.bmm(grad_scores.transpose(1, 2), query_MTK[:, start:end])
-            if end == key_MTK.shape[1]:
+            to_key = torch.bmm(grad_scores.transpose(1, 2), queries[i])
+            if end == tokens:
                 grad_key_MTK, grad_value_MTK = to_key.float(), to_value.float()
             else:  # blocks add up in float32
                 grad_key_MTK[:, :end] += to_key
                 grad_value_MTK[:, :end] += to_value
-            scaled = torch.bmm(grad_scores, key_MTK[:, :end]).mul_(key_MTK.shape[-1] ** -0.5)
-            _put(grad_query, start, scaled)
+            scaled = torch.bmm(grad_scores, torch.cat(keys[: i + 1], 1))
+            _put(grad_query[:, start:end], scaled.mul_(grad_mixed.shape[-1] ** -0.5))
         grad_key, grad_value = torch.empty_like(grad_query), torch.empty_like(grad_query)
-        _put(grad_key, 0, grad_key_MTK)
-        _put(grad_value, 0, grad_value_MTK)
+        _put(grad_key, grad_key_MTK)
+        _put(grad_value, grad_value_MTK)
         return grad_query, grad_key, grad_value
 
 
@@ -67,14 +75,14 @@ def _blocks(tokens: int) -> list[tuple[int, int]]:
     return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
 
 
-def _flat(x_BTHK: Tensor) -> Tensor:
+def _flat(x_BTHK: Tensor, scale: float = 1.0) -> Tensor:
     batch, tokens, heads, width = x_BTHK.shape
-    return x_BTHK.transpose(1, 2).reshape(batch * heads, tokens, width)
+    flat_BHTK = x_BTHK.new_empty(batch, heads, tokens, width)
+    torch.mul(x_BTHK.transpose(1, 2), scale, out=flat_BHTK)
+    return flat_BHTK.view(batch * heads, tokens, width)
 
 
-def _put(x_BTHK: Tensor, start: int, block_MTK: Tensor) -> None:
-    """Write a block of tokens back where it belongs."""
-    batch, _, heads, width = x_BTHK.shape
-    tokens = block_MTK.shape[1]
-    block_BHTK = block_MTK.view(batch, heads, tokens, width)
-    x_BTHK[:, start : start + tokens] = block_BHTK.transpose(1, 2)
+def _put(x_BTHK: Tensor, x_MTK: Tensor) -> None:
+    """Write tokens back where they belong."""
+    batch, tokens, heads, width = x_BTHK.shape
+    x_BTHK.copy_(x_MTK.view(batch, heads, tokens, width).transpose(1, 2))

@@ -108,7 +108,7 @@ def apply_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
     for parent, name in parents:
         linear = getattr(parent, name)
         if name in config.targets:
-            assert type(linear) is nn.Linear, f"{name} is a {type(linear).__name__}"
+            assert not isinstance(linear, LoraLinear), f"{name} has an update already"
             setattr(parent, name, LoraLinear(linear, config, generator))
             found.add(name)
     assert found == set(config.targets), f"the model has no {set(config.targets) - found}"

@@ -12,19 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama2.attention import (
-    Attention,
-    KeyValueCache,
-    Layout,
-    attention_mask,
-    positions_in_segments,
-)
+from llama2.attention import Attention, Layout, positions_in_segments
 from llama2.config import ModelConfig
 from llama2.documents import Documents
 from llama2.log_probs import selected_log_probs
 from llama2.losses import IGNORE
 from llama2.rope import inverse_frequencies, rotation
 from llama2.sequence_parallel import SequenceParallel
+from llama2.swiglu import SwiGLULinear, swiglu
 
 
 class _Normalize(torch.autograd.Function):
@@ -32,10 +27,10 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
-        wide = x.float()
+        wide = x.to(torch.float32, copy=True)
         square = torch.linalg.vecdot(wide, wide)[..., None]
         inverse = (square / x.shape[-1] + eps).rsqrt()
-        normal = (wide * inverse).to(x.dtype)
+        normal = wide.mul_(inverse).to(x.dtype)
         ctx.save_for_backward(normal, inverse, scale_D)
         return normal * scale_D
 
@@ -65,21 +60,6 @@ class RMSNorm(nn.Module):
         return cast(Tensor, _Normalize.apply(x, self.weight, self.eps))
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up. Keeps the two only: silu again costs less than the memory to hold it."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
-        return grad_gate, F.silu(gate).mul_(gradients[0])
-
-
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
@@ -88,23 +68,26 @@ class FeedForward(nn.Module):
         wide = config.intermediate_size
         self.gate_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(wide, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj = SwiGLULinear(wide, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = _SwiGLU.apply(self.gate_proj(x), self.up_proj(x))
-        return cast(Tensor, self.down_proj(mixed))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, SwiGLULinear):
+            return cast(Tensor, self.down_proj(gate, up))
+        # An adapter in its place has products of its own with the inputs.
+        return cast(Tensor, self.down_proj(swiglu(gate, up)))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, layout: Layout, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout, cache)
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), layout)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -115,42 +98,24 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.activation_checkpointing = False
         self.sequence_parallel = SequenceParallel()
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        segments_BT: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
         hidden = self.embed_tokens(tokens_BT)
-        layout = self._layout(tokens_BT, segments_BT, cache, hidden.dtype)
+        layout = self._layout(tokens_BT, segments_BT, hidden.dtype)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, layout, cache, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, layout, use_reentrant=False)
             else:
-                hidden = layer(hidden, layout, cache)
-        if cache is not None:
-            cache.length += tokens_BT.shape[1]
+                hidden = layer(hidden, layout)
         return cast(Tensor, self.norm(hidden))
 
-    def _layout(
-        self,
-        tokens_BT: Tensor,
-        segments_BT: Tensor | None,
-        cache: KeyValueCache | None,
-        dtype: torch.dtype,
-    ) -> Layout:
-        documents = mask = None
-        if cache is not None:
-            new = torch.ones_like(tokens_BT) if segments_BT is None else segments_BT
-            every = cache.advance(new)
-            positions = positions_in_segments(every)[:, -tokens_BT.shape[1] :]
-            mask = attention_mask(new, every)
-        elif segments_BT is not None:
+    def _layout(self, tokens_BT: Tensor, segments_BT: Tensor | None, dtype: torch.dtype) -> Layout:
+        documents = None
+        if segments_BT is not None:
             positions = self.sequence_parallel.mine(positions_in_segments(segments_BT))
             documents = Documents(segments_BT)
         else:
@@ -158,7 +123,7 @@ class Trunk(nn.Module):
         # No buffer: an engine that casts the module to bf16 must not round the frequencies.
         frequencies = inverse_frequencies(self.config).to(tokens_BT.device)
         cos, sin = rotation(positions, frequencies, self.config.num_attention_heads, dtype)
-        return Layout(cos, sin, documents, mask, self.sequence_parallel)
+        return Layout(cos, sin, documents, self.sequence_parallel)
 
 
 class Unembedding(nn.Linear):
@@ -188,18 +153,14 @@ class Transformer(nn.Module):
         self,
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
-        cache: KeyValueCache | None = None,
         targets_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits [B, T, V]; with `targets_BT`, log-probabilities [N] instead.
 
         tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one
-        document a row. cache: keys and values of earlier tokens, extended in place.
+        document a row.
         """
-        return cast(
-            Tensor,
-            self.lm_head(self.model(tokens_BT, segments_BT, cache), targets_BT),
-        )
+        return cast(Tensor, self.lm_head(self.model(tokens_BT, segments_BT), targets_BT))
 
 
 class ScalarModel(nn.Module):

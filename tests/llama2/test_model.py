@@ -1,6 +1,5 @@
-"""The model against transformers, packed, cached and checkpointed; and the published sizes."""
+"""The model against transformers, packed and checkpointed; and the published sizes."""
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -9,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from llama2.attention import KeyValueCache
 from llama2.checkpoint import config_from_hf
 from llama2.config import SIZES, ModelConfig, RopeScaling
 from llama2.losses import IGNORE
@@ -118,46 +116,6 @@ def test_packed_documents_are_as_each_alone() -> None:
     # One document and no padding is the path without a mask.
     whole = torch.ones_like(tokens)
     torch.testing.assert_close(model(tokens, whole), model(tokens), atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_cached_is_as_uncached() -> None:
-    model = grouped()
-    tokens = draw(2, 20)
-    cache = KeyValueCache(model.config, 2, 20, torch.float32, torch.device("cpu"))
-    # A prefill in two parts, then token by token.
-    cuts = [0, 7, 12, *range(13, 21)]
-    parts = [model(tokens[:, a:b], cache=cache) for a, b in pairwise(cuts)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="holds 20 tokens; 21 were asked for"):
-        model(tokens[:, :1], cache=cache)
-
-
-@torch.no_grad()
-def test_cached_and_padded_left_is_as_uncached_alone() -> None:
-    model = grouped()
-    texts = [draw(n, seed=n) for n in (11, 6, 8)]
-    prefilled = [6, 1, 3]
-    width = max(prefilled)
-    prompt = torch.zeros(3, width, dtype=torch.long)
-    segments = torch.zeros_like(prompt)
-    for row, (text, n) in enumerate(zip(texts, prefilled, strict=True)):
-        prompt[row, width - n :] = text[:n]
-        segments[row, width - n :] = 1
-    cache = KeyValueCache(model.config, 3, width + 5, torch.float32, torch.device("cpu"))
-    steps = [model(prompt, segments, cache)[:, -1:]]
-    for i in range(3):
-        step = torch.stack([text[n + i] for text, n in zip(texts, prefilled, strict=True)])
-        steps.append(model(step[:, None], cache=cache))
-    cache.keep(torch.tensor([2, 0]))
-    for i in (3, 4):
-        step = torch.stack([texts[row][prefilled[row] + i] for row in (2, 0)])
-        later = model(step[:, None], cache=cache)
-        steps.append(torch.stack([later[1], torch.zeros_like(later[0]), later[0]]))
-    found = torch.cat(steps, dim=1)
-    for row, steps_taken in ((0, 6), (1, 4), (2, 6)):
-        alone = model(texts[row][None])[0, prefilled[row] - 1 :][:steps_taken]
-        torch.testing.assert_close(found[row, :steps_taken], alone, atol=1e-5, rtol=1e-5)
 
 
 def test_activation_checkpointing_leaves_gradients_as_they_are() -> None:
