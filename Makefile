@@ -2,12 +2,14 @@
 # make test  the tests
 # make bench speed of training and preparation, side by side with Transformers; half an hour
 # Each sets up .venv first. PYTHON names the interpreter, 3.11 or 3.12.
+# make vllm       .venv-vllm, an environment with vLLM for CPUs
+# make vllm-test  the tests of the vLLM backend, in that environment; five minutes
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3)
 BIN := .venv/bin
 SHELL := /bin/sh
 
-.PHONY: ppo test bench check setup
+.PHONY: ppo test bench check setup vllm vllm-test
 
 ppo: setup
 	$(BIN)/python jobs/quickstart.py $(ARGS)
@@ -32,5 +34,20 @@ setup: .venv/.installed
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed; name it with PYTHON="'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -c constraints.txt pip setuptools torch
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install -q -c constraints.txt -e '.[dev,eval]'
+	touch $@
+
+vllm: .venv-vllm/.installed
+
+vllm-test: vllm
+	.venv-vllm/bin/python -m pytest -m vllm tests/actors/test_vllm_backend.py $(ARGS)
+
+# vLLM names three packages for images and sound without versions; what pip finds for them may be
+# built for another torch, which fails as vLLM imports it. Language models need none of them.
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed; name it with PYTHON="'
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install -q -c constraints-vllm.txt pip setuptools torch
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu .venv-vllm/bin/python -m pip install -q -c constraints-vllm.txt -e '.[dev,vllm]'
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@

@@ -4,19 +4,19 @@ deals the samples out to the learner's workers. It handles references and scalar
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError
 
 from actors.judge import Judge
 from actors.records import MiniBatch, Place, ReferenceLogprobs, Request, Rollout, Scores, Share
+from actors.replica_load import expected_tokens
+from actors.retrying import cancelled_with_caller, until_answered
 from cluster.run_directory import RunDirectory, write_atomically
 from cluster.weights import Version
 from llama2.advantages import whiten
@@ -65,12 +65,28 @@ class Chunk:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """Samples for a list of requests, dealt over chunks."""
+
+    chunks: list[Chunk]
+    places: list[tuple[int, int]]
+    """Chunk and row of each request's sample, in the order of the requests."""
+    refused: int
+    """Samples that were drawn with other weights and asked for again."""
+
+    def of(self, values: Callable[[Chunk], Sequence[T]]) -> list[T]:
+        """A value per sample, in the order of the requests, from each chunk's values."""
+        found = [values(chunk) for chunk in self.chunks]
+        return [found[chunk][row] for chunk, row in self.places]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """All samples of an iteration, in the order of their prompts."""
+    """All samples of an iteration."""
 
     iteration: int
     version: Version
-    chunks: list[Chunk]
+    answers: Answers
     tags: list[bool]
     """Which prompts are tagged for safety."""
     metrics: dict[str, float]
@@ -115,18 +131,18 @@ class Coordinator:
             )
             for slot, i in enumerate(picked)
         ]
-        chunks, refused = await self._roll_out(requests, version, task.sampling)
+        answers = await self._roll_out(requests, version, task.sampling)
         seconds = time.perf_counter() - started
-        generation = max(chunk.helpfulness.generation_seconds for chunk in chunks)
+        generation = max(chunk.helpfulness.generation_seconds for chunk in answers.chunks)
         metrics = {
-            "rollout/refused_as_stale": refused,
-            "rollout/finished": _mean([f for c in chunks for f in c.helpfulness.finished]),
-            "rollout/answer_tokens": _mean([n for c in chunks for n in c.helpfulness.written]),
+            "rollout/refused_as_stale": answers.refused,
+            "rollout/finished": _mean(answers.of(lambda chunk: chunk.helpfulness.finished)),
+            "rollout/answer_tokens": _mean(answers.of(lambda chunk: chunk.helpfulness.written)),
             "time/generate": generation,
             "time/score": max(0.0, seconds - generation),
         }
         tags = [task.prompts[i].safety for i in picked]
-        return Batch(iteration, version, chunks, tags, metrics)
+        return Batch(iteration, version, answers, tags, metrics)
 
     def _request(self, name: str, prompt: Prompt, seed: int) -> Request:
         tokens = np.array(encode_prompt(self._tokenizer, prompt.messages), dtype=np.int64)
@@ -134,30 +150,36 @@ class Coordinator:
 
     async def _roll_out(
         self, requests: Sequence[Request], version: Version, sampling: Sampling
-    ) -> tuple[list[Chunk], int]:
-        """Chunks in the order of the requests, and how many samples were refused as stale."""
-        bounds = np.linspace(0, len(requests), self._replicas + 1).astype(int)
+    ) -> Answers:
+        """Answers by `version`, dealt over as many chunks as there may be replicas so that each
+        takes as long."""
+        costs = [expected_tokens([request, sampling]) for request in requests]
+        parts = [sorted(part) for part in balance(costs, self._replicas) if part]
         results = await asyncio.gather(
             *(
-                self._chunk(number, requests[start:end], version, sampling)
-                for number, (start, end) in enumerate(pairwise(bounds))
-                if end > start
+                self._chunk(number, [requests[i] for i in part], version, sampling)
+                for number, part in enumerate(parts)
             )
         )
-        return [chunk for chunk, _ in results], sum(refused for _, refused in results)
+        places = [(0, 0)] * len(requests)
+        for number, part in enumerate(parts):
+            for row, i in enumerate(part):
+                places[i] = (number, row)
+        return Answers(
+            [chunk for chunk, _ in results], places, sum(refused for _, refused in results)
+        )
 
     async def _chunk(
         self, number: int, requests: Sequence[Request], version: Version, sampling: Sampling
     ) -> tuple[Chunk, int]:
         refused = 0
         for _ in range(ATTEMPTS):
-            try:
-                chunk = await self._wait(
-                    self._sample_and_score(number, requests, sampling), "generation and scoring"
-                )
-            except RayActorError:
-                await asyncio.sleep(1.0)  # the generator died with the request; ask another one
-                continue
+            chunk = await self._wait(
+                until_answered(lambda: self._sample_and_score(number, requests, sampling, version)),
+                "generation and scoring",
+            )
+            # A sample counts once, for the request whose id it has.
+            assert list(chunk.helpfulness.ids) == [request.id for request in requests]
             stale = sum(found != version for found in chunk.helpfulness.versions)
             if not stale:
                 return chunk, refused
@@ -168,14 +190,16 @@ class Coordinator:
         )
 
     async def _sample_and_score(
-        self, number: int, requests: Sequence[Request], sampling: Sampling
+        self, number: int, requests: Sequence[Request], sampling: Sampling, version: Version
     ) -> Chunk:
-        rollout = await self._generators.generate.remote(requests, sampling)._to_object_ref()
-        reference = self._references[number % len(self._references)].score.remote(rollout)
-        helpfulness, safety = await asyncio.gather(
-            self._helpfulness[number % len(self._helpfulness)].score.remote(rollout),
-            self._safety[number % len(self._safety)].score.remote(rollout),
-        )
+        call = self._generators.generate.remote(requests, sampling, version)
+        with cancelled_with_caller(call):
+            rollout = await call._to_object_ref()
+            reference = self._references[number % len(self._references)].score.remote(rollout)
+            helpfulness, safety = await asyncio.gather(
+                self._helpfulness[number % len(self._helpfulness)].score.remote(rollout),
+                self._safety[number % len(self._safety)].score.remote(rollout),
+            )
         return Chunk(rollout, reference, helpfulness, safety)
 
     async def _wait(self, work: Awaitable[T], what: str) -> T:
@@ -186,14 +210,12 @@ class Coordinator:
 
     def _deal(self, batch: Batch, rank: int, world: int) -> Share:
         """Minibatches hold the same samples whatever the number of workers."""
-        task, chunks = self._task, batch.chunks
-        rewards_B = _composite(chunks, batch.tags)
+        task, answers = self._task, batch.answers
+        rewards_B = _composite(answers, batch.tags)
         scores_B = whiten(rewards_B, torch.ones_like(rewards_B))
-        places = [
-            (number, row) for number, c in enumerate(chunks) for row in range(len(c.safety.ids))
-        ]
-        lengths = [length for c in chunks for length in c.helpfulness.lengths]
-        written = [count for c in chunks for count in c.helpfulness.written]
+        places = answers.places
+        lengths = answers.of(lambda chunk: chunk.helpfulness.lengths)
+        written = answers.of(lambda chunk: chunk.helpfulness.written)
         order = [shuffled(i, len(places), task.seed + batch.iteration) for i in range(len(places))]
         minibatches = []
         for start in range(0, len(order), task.minibatch_size):
@@ -207,8 +229,8 @@ class Coordinator:
             )
         return Share(
             iteration=batch.iteration,
-            rollouts=[chunk.rollout for chunk in chunks],
-            references=[chunk.reference for chunk in chunks],
+            rollouts=[chunk.rollout for chunk in answers.chunks],
+            references=[chunk.reference for chunk in answers.chunks],
             minibatches=tuple(minibatches),
             metrics=batch.metrics | {"reward/composite": float(rewards_B.mean())},
         )
@@ -220,10 +242,10 @@ class Coordinator:
         requests = [
             self._request(f"heldout-{i}", prompt, -1 - i) for i, prompt in enumerate(task.heldout)
         ]
-        chunks, _ = await self._roll_out(requests, version, task.sampling)
-        rollouts = await asyncio.gather(*(chunk.rollout for chunk in chunks))
-        references = await asyncio.gather(*(chunk.reference for chunk in chunks))
-        rewards_B = _composite(chunks, [prompt.safety for prompt in task.heldout])
+        answers = await self._roll_out(requests, version, task.sampling)
+        rollouts = await asyncio.gather(*(chunk.rollout for chunk in answers.chunks))
+        references = await asyncio.gather(*(chunk.reference for chunk in answers.chunks))
+        rewards_B = _composite(answers, [prompt.safety for prompt in task.heldout])
         judged = [
             self._judge.look(prompt, Judged(
                 id=sample.id,
@@ -238,11 +260,11 @@ class Coordinator:
             ))
             for prompt, sample, reference, reward, helpfulness, safety in zip(
                 task.heldout,
-                [sample for rollout in rollouts for sample in rollout.samples],
-                [logprobs for found in references for logprobs in found.logprobs],
+                [rollouts[chunk].samples[row] for chunk, row in answers.places],
+                [references[chunk].logprobs[row] for chunk, row in answers.places],
                 rewards_B.tolist(),
-                [score for chunk in chunks for score in chunk.helpfulness.scores],
-                [score for chunk in chunks for score in chunk.safety.scores],
+                answers.of(lambda chunk: chunk.helpfulness.scores),
+                answers.of(lambda chunk: chunk.safety.scores),
                 strict=True,
             )
         ]  # fmt: skip
@@ -250,10 +272,10 @@ class Coordinator:
         return {f"eval/{name}": value for name, value in summary(judged).items()}
 
 
-def _composite(chunks: Sequence[Chunk], tags: Sequence[bool]) -> torch.Tensor:
+def _composite(answers: Answers, tags: Sequence[bool]) -> torch.Tensor:
     helpfulness, safety = (
-        torch.tensor([s for c in chunks for s in scores(c).scores], dtype=torch.float64).sigmoid()
-        for scores in (lambda c: c.helpfulness, lambda c: c.safety)
+        torch.tensor(answers.of(scores), dtype=torch.float64).sigmoid()
+        for scores in (lambda chunk: chunk.helpfulness.scores, lambda chunk: chunk.safety.scores)
     )
     return logit(composite(helpfulness, safety, torch.tensor(tags)))
 

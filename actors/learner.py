@@ -16,6 +16,7 @@ from typing import Any
 import ray
 import torch
 import torch.distributed
+from ray.serve.exceptions import DeploymentUnavailableError
 
 from actors.experience import ExperienceBatch, collate, with_advantages
 from actors.export import export
@@ -23,12 +24,12 @@ from actors.identity import identity
 from actors.policy import Policy
 from actors.records import Experience, MiniBatch, Share
 from actors.value import Value
-from cluster import training, weights
+from cluster import publishing, training
 from cluster.checkpoints import Checkpoints
 from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
 from cluster.tracking import Tracker
-from cluster.weights import Version
+from cluster.weights import Receipt, Version
 from llama2 import checkpoint
 from llama2.advantages import whiten
 from llama2.model import ScalarModel, Transformer
@@ -70,6 +71,8 @@ class Learner:
     policy: Policy
     value: Value
     iteration: int = 0
+    attempt: int | None = None
+    """This worker's right to publish: later attempts of the learner shut it out."""
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -80,20 +83,11 @@ class Learner:
         """Have all generators serve the current weights, and prove it by checksum (collective)."""
         started = time.perf_counter()
         if training.rank() == 0:
-            source = weights.snapshot(self.policy.engine.weights(), self.iteration)
-            receipts = weights.publish(
-                source,
-                self.task.store,
-                lambda: self.task.generators.broadcast("refresh").results(
-                    timeout_s=self.task.timeout
-                ),
-                self.task.replicas,
-                self.task.timeout,
-            )
+            version, receipts = self._publish()
             checksums = {receipt.version.checksum for receipt in receipts}
-            found: list[Any] = [source.version, len(checksums)]
+            found: list[Any] = [version, len(checksums)]
         else:
-            for _ in self.policy.engine.weights():  # sharded weights are gathered by all together
+            for _ in self.policy.engine.buckets():  # sharded weights are gathered by all together
                 pass
             found = [None, 0]
         torch.distributed.broadcast_object_list(found)
@@ -103,6 +97,26 @@ class Learner:
             "publish/version": float(version.number),
             "publish/distinct_checksums": float(distinct),
         }
+
+    def _publish(self) -> tuple[Version, list[Receipt]]:
+        task = self.task
+        if self.attempt is None:
+            self.attempt = publishing.enter(task.store, task.timeout)
+        version = publishing.put(
+            self.policy.engine.buckets(), self.iteration, self.attempt, task.store, task.timeout
+        )
+
+        def refresh(seconds: float) -> list[Receipt | Exception]:
+            try:
+                found: list[Receipt | Exception] = task.generators.broadcast("refresh").results(
+                    timeout_s=seconds, return_exceptions=True
+                )
+            except (DeploymentUnavailableError, TimeoutError) as error:
+                return [error]
+            return found
+
+        receipts = publishing.confirm(version, refresh, task.store, task.replicas, task.timeout)
+        return version, receipts
 
     def share(self, version: Version) -> Share:
         """This worker's samples of the current iteration."""

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from cluster.engine import Engine
 from llama2.batches import TokenBatch, pack, pad_right
-from llama2.losses import IGNORE, next_token_loss, ranking_loss
+from llama2.encoding import SAFETY_LABELS
+from llama2.losses import IGNORE, next_token_loss, ranking_loss, safety_loss
+from llama2.records import SAFE_ANSWERS
 from llama2.sequence_parallel import SequenceParallel
 from llama2.shards import Shards
 
@@ -73,12 +75,22 @@ class LanguageModelling:
 
 
 class Ranking:
-    """Binary ranking loss with a margin by rating, the score read at the last token (paper,
-    3.2.2)."""
+    """Binary ranking loss with a margin by rating, the score read at the last token, and beside it
+    the auxiliary safety loss on answers with a label (paper, 3.2.2).
 
-    def __init__(self, shards: Shards, sequence: SequenceParallel, margin: Margin) -> None:
+    The loss of a pair is its ranking loss, plus `safety_weight` times the mean of its two answers'
+    safety losses; a pair without a label has no such part.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        sequence: SequenceParallel,
+        margin: Margin,
+        safety_weight: float = 0.0,
+    ) -> None:
         self.shards, self.sequence = shards, sequence
-        self.margins = MARGINS[margin]
+        self.margins, self.safety_weight = MARGINS[margin], safety_weight
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
         return [2 * length for length in self.shards.lengths(rows)]
@@ -87,26 +99,23 @@ class Ranking:
         return len(rows)
 
     def loss(self, engine: Engine, rows: Sequence[int], total: int) -> Tensor:
-        chosen_N, rejected_N = self._scores(engine, rows)
-        loss = ranking_loss(chosen_N, rejected_N, self._margins(rows).to(chosen_N), total)
+        chosen_N, rejected_N = self.scores(engine, rows)
+        loss = self._loss(chosen_N, rejected_N, rows, total)
         return loss / self.sequence.degree  # workers that share rows all compute the same
 
     def measure(self, engine: Engine, rows: Sequence[int]) -> dict[str, float]:
-        chosen_N, rejected_N = self._scores(engine, rows)
-        margin_N = self._margins(rows).to(chosen_N)
-        right = (chosen_N > rejected_N).float() + 0.5 * (chosen_N == rejected_N).float()
+        chosen_N, rejected_N = self.scores(engine, rows)
+        right_N = (chosen_N > rejected_N).float() + 0.5 * (chosen_N == rejected_N).float()
         sums = {
-            "loss": float(ranking_loss(chosen_N, rejected_N, margin_N, 1)),
-            "accuracy": float(right.sum()),
+            "loss": float(self._loss(chosen_N, rejected_N, rows, 1)),
+            "accuracy": float(right_N.sum()),
             "score_gap": float((chosen_N - rejected_N).sum()),
             "count": float(len(rows)),
         }
         return {name: value / self.sequence.degree for name, value in sums.items()}
 
-    def _margins(self, rows: Sequence[int]) -> Tensor:
-        return torch.tensor([self.margins[max(0, self.shards.rating(i))] for i in rows])
-
-    def _scores(self, engine: Engine, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def scores(self, engine: Engine, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Scores [N] of the chosen and the rejected answers, before the sigmoid."""
         pairs = [self.shards.row(i) for i in rows]
         tokens_BT, segments_BT, last_B = pad_right([s.tokens for pair in pairs for s in pair])
         whole = TokenBatch(tokens_BT, segments_BT, torch.full_like(tokens_BT, IGNORE))
@@ -114,3 +123,25 @@ class Ranking:
         scores_BT = self.sequence.gather(engine(batch.tokens_BT, batch.segments_BT))
         scores_B = scores_BT.gather(1, last_B.to(engine.device)[:, None])[:, 0]
         return scores_B[0::2], scores_B[1::2]
+
+    def _loss(
+        self, chosen_N: Tensor, rejected_N: Tensor, rows: Sequence[int], total: int
+    ) -> Tensor:
+        margins = [self.margins[max(0, self.shards.rating(i))] for i in rows]
+        margin_N = torch.tensor(margins).to(chosen_N)
+        loss = ranking_loss(chosen_N, rejected_N, margin_N, total)
+        if self.safety_weight:
+            labelled = self._labelled(chosen_N, rejected_N, rows)
+            loss = loss + self.safety_weight / 2 * safety_loss(*labelled, total)
+        return loss
+
+    def _labelled(
+        self, chosen_N: Tensor, rejected_N: Tensor, rows: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores of the answers with a safety label, and whether each is safe."""
+        labels = [(place, self.shards.safety(i)) for place, i in enumerate(rows)]
+        known = [(place, label) for place, label in labels if label >= 0]
+        places = torch.tensor([place for place, _ in known], dtype=torch.long).to(chosen_N.device)
+        safe = [SAFE_ANSWERS[SAFETY_LABELS[label]] for _, label in known]
+        is_safe_2N = torch.tensor(safe, dtype=torch.bool).reshape(-1, 2).T.to(chosen_N.device)
+        return torch.cat((chosen_N[places], rejected_N[places])), is_safe_2N.reshape(-1)

@@ -2,6 +2,7 @@
 passes them on without fetching them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import ray
@@ -31,8 +32,13 @@ class Sample:
     response: IntArray
     logprobs: FloatArray
     version: Version
-    finished: bool
-    """Whether the answer ended by itself, not by the length limit."""
+    finish_reason: Literal["stop", "length"]
+    """Whether the answer ended by itself or at the length limit."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer ended by itself."""
+        return self.finish_reason == "stop"
 
     @property
     def tokens(self) -> IntArray:
@@ -44,6 +50,16 @@ class Sample:
         """Prompt and answer, with the answer as what is to be predicted."""
         tokens = self.tokens
         return TokenSequence(tokens, np.arange(len(tokens)) >= len(self.prompt))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of an answer that is streamed; the last one says how it ended."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: Literal["stop", "length"] | None
+    version: Version
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def read_lines(path: Path, kind: Part) -> Iterator[Usable]:
             if kind == "pretrain":
                 yield Document(**fields)
             elif kind == "sft":
-                yield Dialogue(_messages(fields["messages"]), "")
+                yield Dialogue(**(fields | {"messages": _messages(fields["messages"])}))
             else:
                 yield Comparison(**(fields | {"prompt": _messages(fields["prompt"])}))
 

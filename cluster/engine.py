@@ -8,7 +8,9 @@ batches, never averaged, and any split of a batch gives the same update.
 import gc
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -212,6 +214,29 @@ class Engine:
             with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._sharded):
                 yield name, parameter.detach()
 
+    def buckets(self, size: int = 1 << 26) -> Iterator[list[tuple[str, Tensor]]]:
+        """Every weight in full, tied ones once, in buckets of at most `size` bytes or one weight
+        (collective).
+
+        The ranks' shares of a bucket are gathered together. A bucket stays as it is until the next
+        but one is drawn, so that no rank holds more than two of them.
+        """
+        gathered: deque[ExitStack] = deque()
+        try:
+            for bucket in _bucketed(self.module, size):
+                if len(gathered) == 2:
+                    gathered.popleft().close()
+                gathered.append(ExitStack())
+                gathered[-1].enter_context(
+                    self._deepspeed.zero.GatheredParameters(
+                        [weight for _, weight in bucket], enabled=self._sharded
+                    )
+                )
+                yield [(name, weight.detach()) for name, weight in bucket]
+        finally:
+            for held in gathered:
+                held.close()
+
     @property
     def _sharded(self) -> bool:
         return self.config.zero_stage == 3
@@ -247,6 +272,28 @@ class Engine:
         self._engine.destroy()
         del self._engine
         gc.collect()
+
+
+def _bucketed(module: nn.Module, size: int) -> Iterator[list[tuple[str, Tensor]]]:
+    state = module.state_dict(keep_vars=True)
+    first = {id(weight): name for name, weight in reversed(state.items())}
+    bucket: list[tuple[str, Tensor]] = []
+    room = size
+    for name, weight in state.items():
+        if first[id(weight)] != name:
+            continue
+        if bucket and _size(weight) > room:
+            yield bucket
+            bucket, room = [], size
+        bucket.append((name, weight))
+        room -= _size(weight)
+    if bucket:
+        yield bucket
+
+
+def _size(weight: Tensor) -> int:
+    # Of a weight that ZeRO 3 has cut, only a part is here.
+    return int(getattr(weight, "ds_numel", weight.numel())) * weight.itemsize
 
 
 def _fill(

@@ -1,26 +1,19 @@
 """From a command line to a config, and from an error to one sentence."""
 
-import io
-import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from cluster.run_directory import read_config
+from jobs import options
 from jobs.configs import JobConfig
 from jobs.presets import Preset, preset
 
 Config = TypeVar("Config", bound=JobConfig)
-USER_ERRORS = (
-    ValueError, FloatingPointError, FileNotFoundError, NotADirectoryError, PermissionError,
-    ConnectionError,
-)  # fmt: skip
 
 
 def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> None:
@@ -29,12 +22,7 @@ def run(main: Callable[[Config], None], default: Callable[[Preset], Config]) -> 
     Options override the values of `--config FILE`, and those the defaults of `--preset`. What a
     user can mend is told in one sentence, with exit status 2.
     """
-    try:
-        config = parse(sys.argv[1:], default, main.__doc__ or "")
-        main(config)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    options.run_or_tell(lambda: main(parse(sys.argv[1:], default, main.__doc__ or "")))
 
 
 def parse(arguments: list[str], default: Callable[[Preset], Config], description: str) -> Config:
@@ -45,21 +33,11 @@ def parse(arguments: list[str], default: Callable[[Preset], Config], description
         base = from_file(Path(file), type(default(preset("tiny"))))
     else:
         base = default(preset(_take(arguments, "--preset")[0] or "tiny"))
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            return tyro.cli(
-                type(base),
-                default=base,
-                args=arguments,
-                description=f"{description}\n\nWith --config FILE, the values of a run's "
-                "config.yaml are the defaults instead of a preset's.",
-                config=(tyro.conf.AvoidSubcommands,),
-            )
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        raise ValueError(f"{_sentence(said.getvalue())} (--help lists the options)") from None
+    description += (
+        "\n\nWith --config FILE, the values of a run's config.yaml are the defaults instead of a "
+        "preset's."
+    )
+    return options.parse(arguments, type(base), description, base)
 
 
 def from_file(path: Path, kind: type[Config]) -> Config:
@@ -96,14 +74,6 @@ def _strays(given: Any, known: Any, place: str = "") -> Iterator[str]:
                 yield f"{place}{name}"
             else:
                 yield from _strays(value, known[name], f"{place}{name}.")
-
-
-def _sentence(box: str) -> str:
-    """What tyro's error box says above its first rule, on one line."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:-1]
-    text = [line.strip("│ ") for line in lines]
-    rule = next((i for i, line in enumerate(text) if line.startswith("──")), len(text))
-    return " ".join(text[:rule]).rstrip(".")
 
 
 def _take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:

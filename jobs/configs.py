@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from actors.generator_config import GeneratorConfig
+from actors.reward_function import ScorerLimits
 from cluster.engine import EngineConfig
 from cluster.placement import Workers
 from cluster.session import ClusterConfig
@@ -121,6 +123,16 @@ class RewardModelConfig(TrainConfig):
     """Which of the two reward models; names the part of prepared data that is read."""
     margin: Literal["none", "small", "large"] = "small"
     """Margin by rating inside the ranking loss (paper, table 27)."""
+    safety_weight: float = 0.0
+    """Weight of the auxiliary loss that teaches whether an answer is safe, where comparisons have
+    safety labels (section 3.2.2)."""
+    other_share: float = 0.0
+    """Share of the training pairs that is drawn uniformly from other data than the model's own: a
+    safety model's own is all safety data, a helpfulness model's all helpfulness data but
+    `open_data`. In the paper 0.5 for helpfulness and 0.1 for safety."""
+    open_data: tuple[str, ...] = ()
+    """Helpfulness data sets, by the names that `prepare` shows, that are open data instead of one's
+    own."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,13 @@ class PPOConfig(JobConfig):
     """Folder of the helpfulness reward model; by default the preset's."""
     safety_model: Path | None = None
     """Folder of the safety reward model; by default the preset's."""
+    helpfulness_reward: str = ""
+    """What scores in the helpfulness model's place: a Python function, as module:function, or the
+    address of an HTTP scorer (actors/reward_function.py says what is asked of them)."""
+    safety_reward: str = ""
+    """The same in the safety model's place."""
+    scorer: ScorerLimits = field(default_factory=ScorerLimits)
+    """How long such rewards are waited for."""
     prompts: tuple[Path, ...] = ()
     """A folder that `prepare` made, or files of prompts. By default the preset's prepared data."""
     long_prompts: Literal["error", "drop"] = "error"
@@ -163,7 +182,7 @@ class PPOConfig(JobConfig):
     generators, reference and reward workers too."""
     learner: Workers = field(default_factory=Workers)
     """The Ray Train group that holds policy and value model."""
-    generators: Workers = field(default_factory=Workers)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """Replicas on Ray Serve."""
     reference: Workers = field(default_factory=Workers)
     """Workers with the frozen initial policy."""

@@ -7,7 +7,7 @@ ray job submit --working-dir . -- python jobs/ppo.py --preset tiny
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch
 from ray import serve
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.backend import PRECISIONS
 from actors.coordinator import Coordinator, RolloutTask
-from actors.generator import PRECISIONS, deploy
+from actors.generator import check_backend, deploy
+from actors.generator_config import GeneratorConfig
 from actors.learner import LearnTask, learn
 from actors.reference import Reference
 from actors.reward import Reward
@@ -38,7 +40,9 @@ from llama2.schedules import Schedule
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
-    "cluster", "runs", "wandb_project", "learner", "generators", "reference", "rewards",
+    "cluster", "runs", "wandb_project", "learner", "reference", "rewards",
+    # Another backend draws other answers.
+    *(f"generator.{field.name}" for field in fields(GeneratorConfig) if field.name != "backend"),
     "save_every", "keep_checkpoints", "micro_batch_size", "timeout", "activation_checkpointing",
     "engine.zero_stage", "engine.offload_optimizer", "engine.offload_parameters",
     "engine.nvme_path",
@@ -70,6 +74,7 @@ def main(config: PPOConfig) -> None:
         print(f"{run.name}: finished already.\n\n{results.read(run)}")
         return
     check_sizes(config)
+    check_backend(config.generator)
     if run.config.exists():  # told before a cluster starts
         run.open(cli.plain(config), may_change=MAY_CHANGE)
     with ExitStack() as stack:
@@ -180,7 +185,7 @@ def roles(config: PPOConfig) -> dict[str, Workers]:
     """All that run at once."""
     return {
         "learner": config.learner,
-        "generator": config.generators,
+        "generator": replace(config.generator, count=config.generator.most),
         "reference": config.reference,
         "helpfulness": config.rewards,
         "safety": config.rewards,
@@ -194,7 +199,7 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
     dtype = PRECISIONS[config.engine.precision]
     try:
         generators = deploy(
-            run.name, models.policy, store, config.engine.precision, config.generators
+            run.name, models.policy, store, config.engine.precision, config.generator
         )
         rollouts = RolloutTask(
             run=run,
@@ -211,7 +216,7 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
         coordinator = Coordinator.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             rollouts,
             generators,
-            config.generators.count,
+            config.generator.most,
             start(Reference, config.reference, models.policy, dtype),
             start(Reward, config.rewards, models.helpfulness, dtype),
             start(Reward, config.rewards, models.safety, dtype),
@@ -265,7 +270,7 @@ def _learn_task(
         coordinator=coordinator,
         store=store,
         generators=generators,
-        replicas=config.generators.count,
+        replicas=config.generator.count,
         timeout=config.timeout,
     )
 

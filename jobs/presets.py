@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from actors.generator_config import GeneratorConfig
 from cluster.engine import EngineConfig
 from cluster.placement import Workers, fast_bfloat16
 from jobs.configs import PPOConfig, PretrainConfig, RewardModelConfig, SftConfig
@@ -63,7 +64,7 @@ def tiny() -> Preset:
             iterations=24, batch_size=256, minibatch_size=64, micro_batch_size=32,
             max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=1024,
             ppo=PPOSettings(kl_coefficient=0.1), engine=engine, learner=pair,
-            generators=Workers(count=2, cpus=0.2), reference=small, rewards=small,
+            generator=GeneratorConfig(count=2, cpus=0.2), reference=small, rewards=small,
             eval_every=12, save_every=8, timeout=300,
         ),
     )  # fmt: skip
@@ -78,6 +79,7 @@ def _paper(size: Literal["7b", "13b", "34b", "70b"], gpus: int) -> Preset:
         preset=size, kind="helpfulness", model=model, engine=engine,
         workers=group, peak_lr=5e-6 if size == "70b" else 1e-5, warmup_steps=0, epochs=1,
         batch_rows=512, micro_batch_tokens=8192, activation_checkpointing=True, eval_rows=1024,
+        other_share=0.5,
     )  # fmt: skip
     return Preset(
         prepare=PrepareConfig(preset=size, vocab_size=32_000, context=4096),
@@ -93,12 +95,13 @@ def _paper(size: Literal["7b", "13b", "34b", "70b"], gpus: int) -> Preset:
             activation_checkpointing=True, save_every=100,
         ),
         helpfulness=reward,
-        safety=replace(reward, kind="safety"),
+        safety=replace(reward, kind="safety", other_share=0.1, safety_weight=1.0),
         ppo=PPOConfig(
             preset=size, iterations=400, batch_size=512, minibatch_size=64,
             micro_batch_size=1, lr=1e-6, value_lr=1e-6,
             ppo=PPOSettings(kl_coefficient=0.005 if large else 0.01), engine=engine, learner=group,
-            generators=replace(one, count=max(2, gpus // 4)), reference=one, rewards=one,
+            generator=GeneratorConfig(count=max(2, gpus // 4), gpus=1.0),
+            reference=one, rewards=one,
             activation_checkpointing=True,
         ),
     )  # fmt: skip

@@ -18,6 +18,8 @@ from typing import Literal
 from llama2.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 Role = Literal["system", "user", "assistant"]
+LossOn = Literal["all", "last"]
+"""Which answers of a dialogue are to be learned."""
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
@@ -89,7 +91,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
 def encode_dialogue(
     tokenizer: Tokenizer,
     messages: Sequence[Message],
-    answers: Literal["all", "last"] = "all",
+    answers: LossOn = "all",
 ) -> EncodedDialogue:
     """Tokens of a dialogue that ends with an answer, and the loss mask of fine-tuning.
 
@@ -142,7 +144,7 @@ def _render(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], ask: b
 
 
 def _encode_with_template(
-    tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], answers: Literal["all", "last"]
+    tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], answers: LossOn
 ) -> EncodedDialogue:
     """Answers are found by rendering every beginning of the dialogue: each adds one turn's text."""
     text = _render(tokenizer, messages, ask=False)

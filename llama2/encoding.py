@@ -46,7 +46,7 @@ def encode(
     if isinstance(record, Document):
         yield from _encode_text(record.text, tokenizer, context)
     elif isinstance(record, Dialogue):
-        encoded = encode_dialogue(tokenizer, record.messages)
+        encoded = encode_dialogue(tokenizer, record.messages, answers=record.loss_on)
         sequence = _sequence(encoded.tokens[:context], encoded.is_answer[:context])
         if sequence.is_target.any():
             yield Encoded((sequence,), _first_words(record.messages))

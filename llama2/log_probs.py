@@ -74,16 +74,25 @@ class _SelectedLogProbs(torch.autograd.Function):
 def _replace_by_error(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Turn logits into softmax - onehot, in place; returns the targets' log-probabilities [N]."""
     tokens, vocabulary = logits_NV.shape
-    logprobs_N = torch.empty(tokens, dtype=torch.float32, device=logits_NV.device)
-    for rows in _chunks(0, tokens, WIDE_LOGITS[logits_NV.device.type] // vocabulary):
-        wide, targets = torch.softmax(logits_NV[rows], -1, dtype=torch.float32), targets_N[rows]
-        chosen = wide.gather(1, targets[:, None])
-        logprobs_N[rows] = chosen.log()[:, 0]
-        tiny = chosen[:, 0] < 1e-30  # float32 is about to run out of digits
-        if tiny.any():
-            exact = logits_NV[rows].float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-            logprobs_N[rows] = torch.where(tiny, exact, logprobs_N[rows])
-        logits_NV[rows] = wide.scatter_(1, targets[:, None], chosen - 1)
+    size = max(1, WIDE_LOGITS[logits_NV.device.type] // vocabulary)
+    wide_NV = logits_NV.new_empty(min(size, tokens), vocabulary, dtype=torch.float32)
+    chosen_N = logits_NV.new_empty(tokens, dtype=torch.float32)
+    exact = []
+    for rows in _chunks(0, tokens, size):
+        logits, chosen = logits_NV[rows], chosen_N[rows, None]
+        wide = wide_NV[: len(logits)].copy_(logits)
+        torch.softmax(wide, -1, out=wide)
+        torch.gather(wide, 1, targets_N[rows, None], out=chosen)
+        if chosen.min().item() < 1e-30:  # float32 is about to run out of digits
+            every = logits.float().log_softmax(-1)
+            exact.append((rows, every.gather(1, targets_N[rows, None])[:, 0]))
+        logits.copy_(wide)
+    logprobs_N = chosen_N.log()
+    for rows, found in exact:
+        logprobs_N[rows] = found
+    # As an index of two: of scatter_ torch's bfloat16 kernel walks over everything.
+    index = torch.arange(tokens, device=targets_N.device), targets_N
+    logits_NV[index] = chosen_N.sub_(1).to(logits_NV.dtype)
     return logprobs_N
 
 

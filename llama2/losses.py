@@ -22,6 +22,18 @@ def ranking_loss(chosen_N: Tensor, rejected_N: Tensor, margin_N: Tensor, total: 
     return -F.logsigmoid(chosen_N - rejected_N - margin_N).sum() / total
 
 
+def safety_loss(scores_N: Tensor, is_safe_N: Tensor, total: float) -> Tensor:
+    """Binary cross-entropy of sigmoid(score) against whether each answer is safe: the sum over
+    `total`.
+
+    The auxiliary loss of the safety reward model. The ranking loss sees differences only and leaves
+    open where scores lie; this one makes 0.5 the boundary between unsafe and safe. The paper
+    (section 3.2.2) has such a loss and does not give its formula; this one is the project's choice.
+    """
+    labels_N = is_safe_N.to(scores_N)
+    return F.binary_cross_entropy_with_logits(scores_N, labels_N, reduction="sum") / total
+
+
 def policy_loss(
     logprobs_N: Tensor,
     old_logprobs_N: Tensor,

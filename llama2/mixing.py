@@ -1,8 +1,9 @@
 """Mixing sources by weight: how often each is passed (paper, section 2.1; Touvron et al. 2023,
-"LLaMA: Open and efficient foundation language models", table 1)."""
+"LLaMA: Open and efficient foundation language models", table 1); and comparisons by share (section
+3.2.2)."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -66,3 +67,21 @@ def is_taken(row: list[TokenSequence], share: float) -> bool:
     for sequence in row:
         digest.update(np.asarray(sequence.tokens).astype("<u4").tobytes())
     return digest.intdigest() < share * 2.0**64
+
+
+def needed_rows(own: int, share: float) -> int:
+    """How many other rows beside `own` ones make up `share` of all."""
+    return round(own * share / (1 - share))
+
+
+def drawn(sizes: Sequence[int], wanted: int, seed: int) -> list[list[int]]:
+    """`wanted` rows drawn uniformly, without repetition, from sources of these sizes; all rows
+    where there are fewer. For each source its row numbers, in order."""
+    total = sum(sizes)
+    picked = np.random.default_rng(seed).choice(total, min(wanted, total), replace=False)
+    found, start = [], 0
+    for size in sizes:
+        inside = picked[(picked >= start) & (picked < start + size)]
+        found.append(sorted((inside - start).tolist()))
+        start += size
+    return found

@@ -28,8 +28,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
         wide = x.to(torch.float32, copy=True)
-        square = torch.linalg.vecdot(wide, wide)[..., None]
-        inverse = (square / x.shape[-1] + eps).rsqrt()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         normal = wide.mul_(inverse).to(x.dtype)
         ctx.save_for_backward(normal, inverse, scale_D)
         return normal * scale_D
@@ -37,15 +37,14 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normal, inverse, scale_D = ctx.saved_tensors
-        gradient = gradients[0]
+        gradient, wide, scale = gradients[0].float(), normal.float(), scale_D.float()
+        product = gradient * wide
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            summed = (gradient * normal).flatten(0, -2).sum(0, dtype=torch.float32)
-            grad_scale = summed.to(scale_D.dtype)
-        grad_normal, wide = (gradient * scale_D).float(), normal.float()
-        along = torch.linalg.vecdot(grad_normal, wide)[..., None] / normal.shape[-1]
-        grad_x = grad_normal.addcmul_(wide, along, value=-1).mul_(inverse)
-        return grad_x.to(normal.dtype), grad_scale, None
+            grad_scale = product.flatten(0, -2).sum(0).to(scale_D.dtype)
+        along = torch.linalg.vecdot(product, scale)[..., None] / normal.shape[-1]
+        grad_x = torch.mul(gradient, scale, out=product).addcmul_(wide, along, value=-1)
+        return grad_x.mul_(inverse).to(normal.dtype), grad_scale, None
 
 
 class RMSNorm(nn.Module):

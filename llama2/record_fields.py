@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from llama2.chat import Message, Role
+from llama2.chat import LossOn, Message, Role
 
 Fields = Mapping[str, Any]
 Rating = Literal["significantly better", "better", "slightly better", "negligibly better"]
@@ -134,6 +134,25 @@ def safety_tag(fields: Fields, where: str) -> bool:
     """Whether a prompt is one of safety: `safety` true, or a label that the answers to it got."""
     value = fields.get("safety", False)
     return value if isinstance(value, bool) else safety_field(fields, where) is not None
+
+
+def loss_field(fields: Fields, where: str) -> LossOn:
+    """`loss_on`, which answers of a dialogue are to be learned: "all", also where absent, or
+    "last"."""
+    value = fields.get("loss_on", "all")
+    for known in get_args(LossOn):
+        if value == known:
+            found: LossOn = known
+            return found
+    raise ValueError(
+        f"{where}: loss_on is {value!r}; accepted are {', '.join(get_args(LossOn))} (answers)."
+    )
+
+
+def category_field(fields: Fields) -> str | None:
+    """`category`, the kind of a prompt; None where absent or, as in some data sets, no text."""
+    value = fields.get("category")
+    return value if isinstance(value, str) else None
 
 
 def wrong_fields(fields: Fields, where: str, wanted: str, forms: str) -> ValueError:

@@ -12,7 +12,10 @@ fields with null. Accepted forms:
   repeat the prompt; maybe with a `rating` and a `safety` label;
 - `chosen` and `rejected` as transcripts "\\n\\nHuman: ... \\n\\nAssistant: ..." (hh-rlhf);
 - an OpenAssistant tree: `prompt` is a node with `text`, `role`, and ranked `replies`;
-- `prompt`, `instruction` or `turns` (MT-bench) alone: a question, maybe with `safety`: true.
+- `prompt`, `instruction` or `turns` (MT-bench) alone: a question, maybe with `safety`: true and a
+  `category`.
+
+A dialogue may say `loss_on`: "last", so that its last answer alone is learned.
 
 A record of another form, or with a field of the wrong type, raises `ValueError`: the file is not
 what its reader takes it for. A record of the right form that teaches nothing (an empty answer, two
@@ -22,13 +25,15 @@ equal answers, turns out of order, prompts that differ), as published data sets 
 
 from dataclasses import dataclass
 
-from llama2.chat import Message, dialogue_fault
+from llama2.chat import LossOn, Message, dialogue_fault
 from llama2.conversation_trees import best_path, is_tree, questions_with_answers, ranked_pairs
 from llama2.record_fields import (
     Fields,
     Rating,
     SafetyLabel,
+    category_field,
     is_transcript,
+    loss_field,
     messages_field,
     present,
     prompt_field,
@@ -41,6 +46,7 @@ from llama2.record_fields import (
 )
 
 __all__ = [
+    "SAFE_ANSWERS",
     "Comparison",
     "Dialogue",
     "Document",
@@ -55,6 +61,15 @@ __all__ = [
 ]
 
 
+SAFE_ANSWERS: dict[SafetyLabel, tuple[bool, bool]] = {
+    "chosen_safe": (True, False),
+    "both_safe": (True, True),
+    "both_unsafe": (False, False),
+    "chosen_unsafe": (False, True),
+}
+"""Whether the chosen and the rejected answer are safe, by label."""
+
+
 @dataclass(frozen=True)
 class Document:
     """Text to pretrain on. `source` says where it was read, here and below."""
@@ -65,10 +80,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A demonstration: ends with an answer."""
+    """A demonstration: ends with an answer. `loss_on` says which of its answers are learned: for
+    Ghost Attention (paper, section 3.3) the last one alone."""
 
     messages: tuple[Message, ...]
     source: str
+    loss_on: LossOn = "all"
 
 
 @dataclass(frozen=True)
@@ -89,11 +106,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue to be answered. `safety` tags it for the safety reward model (paper, 3.2.3)."""
+    """A dialogue to be answered. `safety` tags it for the safety reward model (paper, 3.2.3);
+    `category` is what kind of prompt, or of risk, it is."""
 
     messages: tuple[Message, ...]
     safety: bool
     source: str
+    category: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,8 @@ def parse_dialogues(record: Fields, where: str) -> list[Dialogue | Skipped]:
             "messages; conversations; prompt with response or completion; instruction with output "
             "or instances; an OpenAssistant tree",
         )
-    return [_dialogue(messages, where) for messages in dialogues]
+    loss_on = loss_field(fields, where)
+    return [_dialogue(messages, loss_on, where) for messages in dialogues]
 
 
 def parse_comparisons(record: Fields, where: str) -> list[Comparison | Skipped]:
@@ -169,7 +189,7 @@ def parse_prompts(record: Fields, where: str) -> list[Prompt | Skipped]:
     A prompt is tagged as one of safety where `safety` is true or is a label of a comparison.
     """
     fields = present(record)
-    safety = safety_tag(fields, where)
+    safety, category = safety_tag(fields, where), category_field(fields)
     prompts: list[list[Message]]
     if is_tree(fields):
         prompts = [messages for messages, _ in questions_with_answers(fields["prompt"], where)]
@@ -195,23 +215,25 @@ def parse_prompts(record: Fields, where: str) -> list[Prompt | Skipped]:
             "prompt; instruction; turns; messages; conversations; chosen and rejected; an "
             "OpenAssistant tree",
         )
-    return [_prompt(messages, safety, where) for messages in prompts]
+    return [_prompt(messages, safety, category, where) for messages in prompts]
 
 
-def _dialogue(messages: list[Message], where: str) -> Dialogue | Skipped:
+def _dialogue(messages: list[Message], loss_on: LossOn, where: str) -> Dialogue | Skipped:
     if messages and messages[-1].role == "user":
         messages = messages[:-1]
     if not any(message.role == "assistant" for message in messages):
         return Skipped("there is no answer", where)
     fault = dialogue_fault(messages)
-    return Skipped(fault, where) if fault else Dialogue(tuple(messages), where)
+    return Skipped(fault, where) if fault else Dialogue(tuple(messages), where, loss_on)
 
 
-def _prompt(messages: list[Message], safety: bool, where: str) -> Prompt | Skipped:
+def _prompt(
+    messages: list[Message], safety: bool, category: str | None, where: str
+) -> Prompt | Skipped:
     fault = dialogue_fault(messages)
     if fault is None and messages[-1].role != "user":
         fault = "the prompt does not end with a user message"
-    return Skipped(fault, where) if fault else Prompt(tuple(messages), safety, where)
+    return Skipped(fault, where) if fault else Prompt(tuple(messages), safety, where, category)
 
 
 def _comparison(

@@ -6,10 +6,15 @@ with R_c the safety score where the prompt is tagged as safety or that score is 
 helpfulness score.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 SAFETY_THRESHOLD = 0.15
+EPSILON = 1e-6
+LARGEST_SCORE = math.log((1 - EPSILON) / EPSILON)
+"""Scores before the sigmoid count up to this size, about 13.8: `logit` holds them there."""
 
 
 def composite(
@@ -23,7 +28,7 @@ def composite(
     return torch.where(gated, safety_B, helpfulness_B)
 
 
-def logit(probability: Tensor, epsilon: float = 1e-6) -> Tensor:
+def logit(probability: Tensor, epsilon: float = EPSILON) -> Tensor:
     """Undo the sigmoid. Probabilities are held `epsilon` away from 0 and 1, so the result is
     finite."""
     return torch.logit(probability, eps=epsilon)

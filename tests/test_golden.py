@@ -179,7 +179,7 @@ def samples() -> list[list[Experience]]:
                 tokens = np.asarray(sequence.tokens, dtype=np.int64)
                 sample = Sample(
                     str(len(found)), tokens[:prompt], tokens[prompt:], logprobs.numpy(),
-                    Version(0, ""), finished=True,
+                    Version(0, ""), finish_reason="stop",
                 )  # fmt: skip
                 found.append(Experience(sample, logprobs.numpy(), score))
     assert len(found) == 32

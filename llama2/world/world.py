@@ -78,6 +78,13 @@ class World:
         ]
         return prompts
 
+    def plain_prompts(self, split: Split, kind: str) -> list[WorldPrompt]:
+        """The questions of a kind without frame, system message or persona."""
+        return [
+            WorldPrompt(None, question.text, kind, kind == "unsafe", question.reference)
+            for question in self._questions[split][kind]
+        ]
+
     def prompts(self, split: Split) -> Sequence[WorldPrompt]:
         """All prompts of a split, grouped by kind."""
         return [prompt for prompts in self._prompts[split].values() for prompt in prompts]

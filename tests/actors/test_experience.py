@@ -18,7 +18,7 @@ def experience(prompt: list[int], response: list[int], score: float) -> Experien
         response=np.array(response),
         logprobs=-np.arange(1, len(response) + 1, dtype=np.float32),
         version=Version(0, "x"),
-        finished=True,
+        finish_reason="stop",
     )
     return Experience(sample, -np.ones(len(response), dtype=np.float32), score)
 

@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 
+from actors.generator_config import GeneratorConfig
 from cluster.placement import Workers, check_capacity
 from cluster.run_directory import RunDirectory
 from jobs import cli, ppo, prepare, pretrain, reward_model, sft, training
@@ -424,7 +425,7 @@ def test_jobs_that_ask_for_too_much_start_no_worker(
     rows = prepared(tmp_path / "rows", folders.policy, "sft", "sft", CONTEXT)
     config = replace(sft_config(tmp_path, folders.policy, rows), workers=Workers(count=4))
     assert "ask for 4 cpus (training 4)" in refusal(sft.main, config)
-    asked = replace(ppo_config(tmp_path, folders), generators=Workers(count=3))
+    asked = replace(ppo_config(tmp_path, folders), generator=GeneratorConfig(count=3))
     assert "generator 3" in refusal(ppo.main, asked)
     # Nothing is left that would tie the next attempt to this one's config.
     assert not (tmp_path / "mine").exists()

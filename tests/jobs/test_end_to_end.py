@@ -20,6 +20,7 @@ from ray.util.state import list_actors
 
 from actors.coordinator import read_evaluation
 from actors.generator import deploy
+from actors.generator_config import GeneratorConfig
 from actors.records import Request
 from cluster import weights
 from cluster.placement import Workers
@@ -224,7 +225,7 @@ def test_one_worker_and_other_splits_give_the_same_losses(chain: Preset, runs: P
 def test_one_learner_gives_the_same_ppo(chain: Preset, runs: Path) -> None:
     alone = replace(
         chain.ppo, name="ppo-alone", learner=Workers(count=1, cpus=0.5), micro_batch_size=5,
-        iterations=2, generators=Workers(count=1, cpus=0.2),
+        iterations=2, generator=GeneratorConfig(count=1, cpus=0.2),
     )  # fmt: skip
     ppo.main(alone)
     one, two = metrics(runs, "ppo-alone"), metrics(runs, "tiny-ppo")
@@ -236,7 +237,7 @@ def test_broken_publishing_is_noticed(chain: Preset, runs: Path) -> None:
     """Replicas with older weights, or one too few, end in an error, not in stale samples."""
     folder = RunDirectory(runs, "tiny-sft").model
     store = WeightStore.remote()  # type: ignore[attr-defined]
-    handle = deploy("broken", folder, store, "float32", Workers(count=1, cpus=0.2))
+    handle = deploy("broken", folder, store, "float32", GeneratorConfig(cpus=0.2))
     try:
         model = checkpoint.load(folder)
         first = weights.snapshot(model.state_dict().items(), 1)

@@ -241,7 +241,10 @@ def test_pairs_of_a_tree_are_rated_by_the_gap_of_their_ranks() -> None:
 )
 def test_prompts(record: dict[str, Any], prompts: list[list[Message]]) -> None:
     for safety in (None, False, True):
-        expected = [Prompt(tuple(messages), safety is True, WHERE) for messages in prompts]
+        category = record.get("category")
+        expected = [
+            Prompt(tuple(messages), safety is True, WHERE, category) for messages in prompts
+        ]
         assert parse_prompts(record | {"safety": safety}, WHERE) == expected
 
 

@@ -1,0 +1,435 @@
+"""OpenAI's API, asked by OpenAI's own client."""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from openai import OpenAI
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError
+
+from llama2 import checkpoint
+from llama2.chat import Message
+from llama2.generation import Engine, Sampling
+from llama2.prompting import sample_seed
+from tests.actors.endpoint import CONTEXT, Endpoint, endpoint, model_folder
+
+CHAT: Any = [{"role": "user", "content": "the cat"}]
+GREEDY: Any = {"model": "tiny", "temperature": 0, "max_tokens": 12}
+DRAWN: Any = {"model": "tiny", "temperature": 1, "seed": 5, "max_tokens": 12}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    with endpoint(model_folder(tmp_path_factory.mktemp("endpoint"))) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: Endpoint) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def greedy_tokens(server: Endpoint, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """The likeliest tokens by whole forward passes, and their log-probabilities."""
+    model = checkpoint.load(server.folder)
+    tokens, logprobs = list(prompt), []
+    with torch.no_grad():
+        for _ in range(count):
+            log_probs_V = model(torch.tensor([tokens]))[0, -1].log_softmax(-1)
+            tokens.append(int(log_probs_V.argmax()))
+            logprobs.append(float(log_probs_V.max()))
+            if tokens[-1] in server.prompting.stop_ids:
+                break
+    return tokens[len(prompt) :], logprobs
+
+
+def refused(server: Endpoint, path: str, body: Any, **headers: str) -> tuple[int, dict[str, Any]]:
+    """Status and error of a raw request."""
+    sent = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"content-type": "application/json"} | headers
+    answer = httpx.post(server.url + path, content=sent, headers=headers)
+    error = answer.json()["error"]
+    assert answer.json().keys() == {"error"}
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert re.fullmatch(r"[^\n]+\.", error["message"])
+    return answer.status_code, error
+
+
+def test_completion_is_the_likeliest_text(server: Endpoint, client: OpenAI) -> None:
+    prompt = server.prompting.encode_text("the cat")
+    tokens, logprobs = greedy_tokens(server, prompt, 12)
+    found = client.completions.create(prompt="the cat", logprobs=0, **GREEDY)
+    (choice,) = found.choices
+    whole = server.prompting.tokenizer.decode([*prompt, *tokens])
+    assert "the cat" + choice.text == whole
+    assert choice.finish_reason == "length"
+    assert (found.object, found.model) == ("text_completion", "tiny")
+    assert found.usage is not None
+    assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(prompt), 12)
+    assert found.usage.total_tokens == len(prompt) + 12
+    assert choice.logprobs is not None
+    assert choice.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert choice.logprobs.tokens is not None
+    assert choice.logprobs.text_offset is not None
+    lengths = [len(token) for token in choice.logprobs.tokens]
+    assert choice.logprobs.text_offset == [sum(lengths[:i]) for i in range(12)]
+
+
+def test_token_ids_are_a_prompt_too(server: Endpoint, client: OpenAI) -> None:
+    ids = server.prompting.encode_text("the cat")
+    texts = [
+        client.completions.create(prompt=prompt, **DRAWN).choices[0].text
+        for prompt in ("the cat", ids, [ids], ["the cat"])
+    ]
+    assert len(set(texts)) == 1
+
+
+def test_chat_is_asked_in_the_chat_format(server: Endpoint, client: OpenAI) -> None:
+    turns = [
+        {"role": "system", "content": "in"}, {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sees"}, {"role": "user", "content": "and"},
+    ]  # fmt: skip
+    prompt = server.prompting.encode_chat([Message(**turn) for turn in turns])  # type: ignore[arg-type]
+    tokens, logprobs = greedy_tokens(server, prompt, 12)
+    found = client.chat.completions.create(messages=turns, logprobs=True, **GREEDY)  # type: ignore[call-overload]
+    (choice,) = found.choices
+    assert choice.message.content == server.prompting.tokenizer.decode(tokens).strip()
+    assert choice.message.role == "assistant"
+    assert [t.logprob for t in choice.logprobs.content] == pytest.approx(logprobs, abs=1e-4)
+    assert found.usage.prompt_tokens == len(prompt)
+    for token in choice.logprobs.content:
+        assert "\ufffd" in token.token or bytes(token.bytes).decode() == token.token
+
+
+def test_logprobs_of_drawn_tokens_are_those_of_the_forward_pass(
+    server: Endpoint, client: OpenAI
+) -> None:
+    """At another temperature and truncated too, what is told is the model's own log-probability."""
+    prompt = server.prompting.encode_text("who is")
+    sent: Any = {**DRAWN, "temperature": 2, "top_p": 0.9, "extra_body": {"top_k": 200}}
+    found = client.completions.create(prompt="who is", logprobs=0, **sent).choices[0]
+    model = checkpoint.load(server.folder)
+    sampling = Sampling(2, 0.9, 200, 12, server.prompting.stop_ids)
+    (drawn,) = Engine(model).generate([prompt], sampling, [sample_seed(5, 0)])
+    text = server.prompting.tokenizer.decode([*prompt, *drawn.tokens])
+    assert "who is" + found.text == text
+    with torch.no_grad():
+        log_probs_TV = model(torch.tensor([prompt + drawn.tokens]))[0].log_softmax(-1)
+    expected = [float(log_probs_TV[len(prompt) - 1 + i, t]) for i, t in enumerate(drawn.tokens)]
+    assert found.logprobs is not None
+    assert found.logprobs.token_logprobs == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("stop", [None, ["e", " is"], ["\ufffd"]])
+@pytest.mark.parametrize("n", [1, 3])
+def test_streams_are_the_whole_answers_in_parts(
+    client: OpenAI, stop: list[str] | None, n: int
+) -> None:
+    options: Any = {**DRAWN, "n": n, "max_tokens": 30, "stop": stop}
+    whole = client.chat.completions.create(messages=CHAT, logprobs=True, **options)
+    chunks = list(
+        client.chat.completions.create(
+            messages=CHAT, logprobs=True, stream=True, stream_options={"include_usage": True},
+            **options,
+        )
+    )  # fmt: skip
+    assert {chunk.id for chunk in chunks} == {chunks[0].id}
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert [chunk.choices[0].delta.role for chunk in chunks[:n]] == ["assistant"] * n
+    for choice in whole.choices:
+        parts = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == choice.index]
+        assert "".join(part.delta.content or "" for part in parts) == choice.message.content
+        reasons = [part.finish_reason for part in parts]
+        assert reasons == [None] * (len(parts) - 1) + [choice.finish_reason]
+        found = [t for part in parts if part.logprobs for t in part.logprobs.content or []]
+        assert choice.logprobs is not None
+        assert choice.logprobs.content is not None
+        assert [t.token for t in found] == [t.token for t in choice.logprobs.content]
+        expected = [t.logprob for t in choice.logprobs.content]
+        assert [t.logprob for t in found] == pytest.approx(expected, abs=1e-5)
+    if stop is None:
+        assert len(chunks) > 2 * n + 1
+
+
+def test_completions_stream_too(client: OpenAI) -> None:
+    options: Any = {**DRAWN, "prompt": ["the", "who is"], "n": 2, "logprobs": 1}
+    whole = client.completions.create(**options)
+    assert [choice.index for choice in whole.choices] == [0, 1, 2, 3]
+    chunks = list(client.completions.create(stream=True, **options))
+    for choice in whole.choices:
+        parts = [c.choices[0] for c in chunks if c.choices[0].index == choice.index]
+        assert "".join(part.text for part in parts) == choice.text
+        found = [x for p in parts if p.logprobs for x in p.logprobs.token_logprobs or []]
+        assert choice.logprobs is not None
+        assert found == pytest.approx(choice.logprobs.token_logprobs, abs=1e-5)
+        offsets = [x for p in parts if p.logprobs for x in p.logprobs.text_offset or []]
+        assert offsets == choice.logprobs.text_offset
+
+
+def test_samples_differ_and_seeds_repeat_them(client: OpenAI) -> None:
+    def texts(**changes: Any) -> list[str]:
+        found = client.completions.create(prompt="the", **{**DRAWN, "n": 4, **changes})
+        return [choice.text for choice in found.choices]
+
+    assert len(set(texts())) == 4
+    assert texts() == texts()
+    assert texts(n=2) == texts()[:2]
+    assert not set(texts(seed=6)) & set(texts())
+    assert texts(seed=None) != texts(seed=None)
+
+
+def test_a_stop_string_ends_the_answer_and_the_computing(server: Endpoint, client: OpenAI) -> None:
+    options: Any = {**GREEDY, "max_tokens": 60, "prompt": "the cat"}
+    whole = client.completions.create(**options).choices[0].text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 3]
+    server.backend.cancelled.clear()
+    found = client.completions.create(**options, stop=stop)
+    assert found.choices[0].text == whole[: whole.index(stop)]
+    assert found.choices[0].finish_reason == "stop"
+    assert found.usage is not None
+    assert found.usage.completion_tokens < 60
+    assert wait_for(lambda: len(server.backend.cancelled) == 1)
+
+
+def test_an_answer_ends_at_the_models_own_token(server: Endpoint, client: OpenAI) -> None:
+    """Found by drawing until one ends by itself: its last token reads as nothing."""
+    for seed in range(40):
+        found = client.completions.create(
+            prompt="the", logprobs=0, **{**DRAWN, "seed": seed, "temperature": 3, "max_tokens": 80}
+        )
+        if found.choices[0].finish_reason == "stop":
+            break
+    (choice,) = found.choices
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    assert choice.logprobs.tokens is not None
+    assert choice.logprobs.tokens[-1] == ""
+    assert found.usage is not None
+    assert len(choice.logprobs.tokens) == found.usage.completion_tokens < 80
+    assert "</s>" not in choice.text
+
+
+def test_models_and_health(server: Endpoint, client: OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").created == 1234
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt/4")
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    server.healthy = False
+    assert httpx.get(f"{server.url}/health").status_code == 503
+    server.healthy = True
+
+
+BAD: list[tuple[dict[str, Any], str | None, str]] = [
+    ({"model": "gpt-4"}, "model", "There is no model 'gpt-4' here, only 'tiny'."),
+    ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+    ({"temperature": "hot"}, "temperature", "valid number"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"n": 0}, "n", "greater than or equal to 1"),
+    ({"n": 1000}, "n", "less than or equal to 128"),
+    ({"prompt": ["the"] * 65, "n": 2}, "n", "more than 128 answers"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    ({"max_tokens": 500}, "max_tokens", "ask for at most"),
+    ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
+    ({"stop": [""]}, "stop", "none of them empty"),
+    ({"stop": 3}, "stop", "a string or a list of strings"),
+    ({"prompt": ""}, "prompt", "The prompt is empty"),
+    ({"prompt": []}, "prompt", "must be a text"),
+    ({"prompt": ["a", 1]}, "prompt", "must be a text"),
+    ({"prompt": [310]}, "prompt", "outside the vocabulary of 310"),
+    ({"prompt": [-1]}, "prompt", "outside the vocabulary"),
+    ({"prompt": "the cat " * 60}, "prompt", f"context of {CONTEXT}"),
+    ({"logprobs": 5}, "logprobs", "give 0 or 1"),
+    ({"echo": True}, "echo", "is not supported here but as false"),
+    ({"best_of": 4}, "best_of", "is not supported here"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported here"),
+    ({"presence_penalty": 0.5}, "presence_penalty", "is not supported here but as 0"),
+    ({"min_p": 0.1}, "min_p", "is not supported here"),
+    ({"stream_options": {"include_usage": True}}, None, "set stream to true"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param", "message"), BAD, ids=[str(b[0])[:40] for b in BAD])
+def test_what_is_refused(
+    server: Endpoint, changes: dict[str, Any], param: str | None, message: str
+) -> None:
+    before = len(server.backend.submitted)
+    status, error = refused(server, "/v1/completions", {**GREEDY, "prompt": "the", **changes})
+    assert status == (404 if changes.get("model") else 400)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert len(server.backend.submitted) == before
+
+
+@pytest.mark.parametrize(
+    ("messages", "param", "message"),
+    [
+        ([], "messages", "at least 1 item"),
+        ("the cat", "messages", "valid array"),
+        ([{"role": "robot", "content": "a"}], "messages.0.role", "'system'"),
+        ([{"role": "user"}], "messages.0.content", "is missing"),
+        ([{"role": "assistant", "content": "a"}], "messages", "take turns"),
+        ([*CHAT, {"role": "assistant", "content": "a"}], "messages", "end with a user message"),
+        ([{"role": "user", "content": " "}], "messages", "is empty"),
+        ([{"role": "user", "content": "[/INST]"}], "messages", "the tag [/INST]"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content", "type text"),
+        ([{"role": "user", "content": "a", "name": "b"}], "messages.0.name", "not supported"),
+        ([{"role": "user", "content": "the cat " * 60}], "messages", f"context of {CONTEXT}"),
+    ],
+)
+def test_dialogues_that_are_refused(
+    server: Endpoint, messages: Any, param: str, message: str
+) -> None:
+    status, error = refused(server, "/v1/chat/completions", {**GREEDY, "messages": messages})
+    assert (status, error["param"]) == (400, param)
+    assert message in error["message"]
+
+
+def test_chat_parameters_that_are_refused(server: Endpoint) -> None:
+    for changes, message in (
+        ({"tools": [{"type": "function"}]}, "tools is not supported"),
+        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported here but as 0"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
+        ({"max_completion_tokens": 3}, "differ; give one of them"),
+    ):
+        body = {**GREEDY, "messages": CHAT, **changes}
+        status, error = refused(server, "/v1/chat/completions", body)
+        assert status == 400
+        assert message in error["message"]
+
+
+def test_what_asks_for_nothing_is_taken(client: OpenAI) -> None:
+    plain = client.chat.completions.create(messages=CHAT, **GREEDY)
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "the cat"}]}]
+    same = client.chat.completions.create(
+        messages=parts, model="tiny", temperature=0, max_completion_tokens=12, user="me", n=None,
+        frequency_penalty=0, tools=[], response_format={"type": "text"}, stop=None, metadata={},
+        top_logprobs=0,
+    )  # fmt: skip
+    assert same.choices[0].message == plain.choices[0].message
+    again = client.chat.completions.create(
+        messages=[*CHAT, plain.choices[0].message, {"role": "user", "content": "and"}], **GREEDY
+    )
+    assert again.usage is not None
+    assert plain.usage is not None
+    assert again.usage.prompt_tokens > plain.usage.total_tokens
+
+
+def test_bodies_that_are_none(server: Endpoint) -> None:
+    path = "/v1/completions"
+    status, error = refused(server, path, b'{"model": ')
+    assert (status, error["code"]) == (400, "invalid_json")
+    assert refused(server, path, b"\xff\xfe")[0] == 400
+    assert "must be a JSON object" in refused(server, path, b"[1]")[1]["message"]
+    assert refused(server, path, {"model": "tiny"})[1]["param"] == "prompt"
+    status, error = refused(server, path, {}, **{"content-type": "text/plain"})
+    assert (status, "application/json" in error["message"]) == (400, True)
+    status, error = refused(server, path, b'{"prompt": "' + b"a" * (9 << 20) + b'"}')
+    assert (status, error["code"]) == (413, "request_too_large")
+
+
+def test_routes_that_are_none(server: Endpoint) -> None:
+    for path in ("/", "/v1", "/v1/embeddings", "/v1/completions/1"):
+        status, error = refused(server, path, {})
+        assert (status, error["code"]) == (404, "not_found")
+        assert path in error["message"]
+    answer = httpx.get(f"{server.url}/v1/completions")
+    assert answer.status_code == 405
+    assert "does not take GET" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "status", "kind"),
+    [
+        (BackPressureError(1, 1), 429, "rate_limit_error"),
+        (RayActorError(), 503, "server_error"),
+        (ValueError("The prompt needs more memory than there is; shorten it."), 400, "invalid"),
+        (RuntimeError("secret"), 500, "server_error"),
+    ],
+)
+def test_failures_of_generators(
+    server: Endpoint, client: OpenAI, failure: Exception, status: int, kind: str
+) -> None:
+    for stream in (False, True):
+        server.failures.append(failure)
+        body = {**GREEDY, "prompt": "the", "stream": stream}
+        found, error = refused(server, "/v1/completions", body)
+        assert found == status
+        assert kind in error["type"]
+        assert "secret" not in error["message"]
+
+
+def test_a_failure_in_mid_stream_is_its_last_event(server: Endpoint, client: OpenAI) -> None:
+    server.backend.pause = 0.02
+    stream = client.completions.create(prompt="the", stream=True, **{**GREEDY, "max_tokens": 60})
+    seen = [next(stream).choices[0].text]
+    server.failures.append(RayActorError())
+    with pytest.raises(openai.APIError, match="No generator can answer now"):
+        seen += [chunk.choices[0].text for chunk in stream]
+    server.backend.pause = 0.0
+    assert seen
+    assert client.completions.create(prompt="the", **GREEDY).choices[0].text
+
+
+def wait_for(condition: Any, seconds: float = 10) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return bool(condition())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_caller_who_goes_away_is_computed_for_no_longer(
+    server: Endpoint, client: OpenAI, stream: bool
+) -> None:
+    server.backend.cancelled.clear()
+    server.backend.submitted.clear()
+    server.backend.pause = 0.05
+    options: Any = {**DRAWN, "prompt": "the", "n": 2, "max_tokens": 80}
+    other = {**GREEDY, "prompt": "the cat"}
+    try:
+        if stream:
+            chunks = client.completions.create(stream=True, **options)
+            next(chunks)
+            chunks.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=0.5).completions.create(**options)
+        alongside = client.completions.create(**other)
+        assert wait_for(lambda: len(server.backend.cancelled) == 2)
+        assert set(server.backend.cancelled) == set(server.backend.submitted[:2])
+        assert wait_for(lambda: not server.backend.busy)
+    finally:
+        server.backend.pause = 0.0
+    assert alongside.choices == client.completions.create(**other).choices
+
+
+def test_an_api_key(server: Endpoint) -> None:
+    digest = hashlib.sha256(b"right").digest()
+    with endpoint(server.folder, digest) as guarded:
+        with OpenAI(base_url=f"{guarded.url}/v1", api_key="right", max_retries=0) as found:
+            assert found.completions.create(prompt="the", **GREEDY).choices
+            assert [model.id for model in found.models.list()] == ["tiny"]
+        with OpenAI(base_url=f"{guarded.url}/v1", api_key="wrong", max_retries=0) as found:
+            with pytest.raises(openai.AuthenticationError) as caught:
+                found.models.list()
+            assert caught.value.code == "invalid_api_key"
+            with pytest.raises(openai.AuthenticationError):
+                found.chat.completions.create(messages=CHAT, **GREEDY)
+        assert refused(guarded, "/v1/completions", {})[0] == 401
+        basic = refused(guarded, "/v1/completions", {}, authorization="Basic right")
+        assert basic[0] == 401
+        assert httpx.get(f"{guarded.url}/health").status_code == 200
