@@ -174,8 +174,8 @@ def finish(config: RejectionSamplingConfig, run: RunDirectory, inputs: Inputs) -
     temperature = chosen_temperature(config, run)
     curves = {f"temperature {temperature:g}": curve(_rewards(own))}
     if len(config.temperatures) > 1:
-        curves = {
-            f"temperature {t:g}": curve(_rewards(_read(sweep_folder(run, t))))
+        curves |= {
+            f"sweep, temperature {t:g}": curve(_rewards(_read(sweep_folder(run, t))))
             for t in config.temperatures
         }
     gold = _gold_curve(inputs.prompts, own)

@@ -3,8 +3,8 @@
 .venv-vllm/bin/python -m tests.benchmarks.vllm_generation --help
 
 Random bfloat16 weights, temperature 1, answers of a fixed length. After one run to warm up, the
-best of several counts. Prints one line of JSON: seconds of the best run, answer tokens per second
-in it, and the seconds of each run.
+best of several counts. Prints one line of JSON: answer tokens per second in the best run, and the
+seconds of each; with --turns, the seconds of a run for every line that it reads.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.session import WORKER_ENVIRONMENT
@@ -35,6 +36,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
+    parser.add_argument("--turns", action="store_true", help="a run for each line of input")
     return parser.parse_args()
 
 
@@ -60,8 +62,8 @@ def write_config(folder: Path, asked: argparse.Namespace) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def measure(asked: argparse.Namespace) -> dict[str, object]:
-    """Seconds of each run, and answer tokens per second in the best."""
+def prepare(asked: argparse.Namespace) -> Callable[[], float]:
+    """Start vLLM; what is returned runs the workload once and returns its seconds."""
     import numpy as np
     from vllm import LLM, SamplingParams
 
@@ -79,22 +81,23 @@ def measure(asked: argparse.Namespace) -> dict[str, object]:
             disable_log_stats=True,
         )
     generator = np.random.default_rng(0)
-    shape = (asked.runs + 1, asked.requests, asked.prompt_tokens)
-    prompts = generator.integers(RESERVED_IDS, asked.vocab_size, shape)
     sampling = SamplingParams(
         temperature=1.0, max_tokens=asked.new_tokens, ignore_eos=True, detokenize=False
     )
-    seconds = []
-    # New prompts each time, so that no run finds its prompts in the prefix cache.
-    for batch in prompts.tolist():
+
+    def run() -> float:
+        """Seconds of a batch; new prompts each time, so that none is found in the prefix cache."""
+        shape = (asked.requests, asked.prompt_tokens)
+        batch = generator.integers(RESERVED_IDS, asked.vocab_size, shape).tolist()
         started = time.perf_counter()
         requests = [{"prompt_token_ids": prompt} for prompt in batch]
         answers = engine.generate(requests, sampling, use_tqdm=False)
-        seconds.append(time.perf_counter() - started)
+        taken = time.perf_counter() - started
         written = sum(len(answer.outputs[0].token_ids) for answer in answers)
         assert written == asked.requests * asked.new_tokens
-    best = min(seconds[1:])
-    return {"tokens_per_second": written / best, "seconds": best, "runs": seconds[1:]}
+        return taken
+
+    return run
 
 
 def main() -> None:
@@ -106,10 +109,20 @@ def main() -> None:
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "2"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    # vLLM writes to standard output too, which is for the result alone.
+    # vLLM writes to standard output too, which is for the results alone.
     with contextlib.redirect_stdout(sys.stderr):
-        result = measure(asked)
-    print(json.dumps(result), flush=True)
+        run = prepare(asked)
+        run()
+    if asked.turns:
+        for _ in sys.stdin:
+            with contextlib.redirect_stdout(sys.stderr):
+                taken = run()
+            print(json.dumps({"seconds": taken}), flush=True)
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        runs = [run() for _ in range(asked.runs)]
+    tokens = asked.requests * asked.new_tokens
+    print(json.dumps({"tokens_per_second": tokens / min(runs), "runs": runs}), flush=True)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ def test_the_sweep_takes_the_temperature_of_the_best(script: Script, tmp_path: P
     summary = run.summary()
     assert summary is not None and summary["temperature"] == 1.3
     best = {row[""]: row["best"] for row in summary["Reward against the number of samples"]}
-    assert best == pytest.approx({f"temperature {t:g}": w - 3 for t, w in worth.items()})
+    swept = {f"sweep, temperature {t:g}": w - 3.0 for t, w in worth.items()}
+    assert best == pytest.approx({"temperature 1.3": 2.0} | swept)
     assert len(list((run.path / "sweep").iterdir())) == 3
 
 

@@ -11,10 +11,9 @@ import pytest
 from cluster.run_directory import RunDirectory
 from cluster.session import ClusterConfig, session
 from jobs import prepare, pretrain, rejection_sampling, reward_model, sft
-from jobs.presets import Preset
+from jobs.presets import Preset, tiny
 from jobs.rejection_sampling_config import RejectionSamplingConfig
 from llama2.shards import Shards
-from tests.jobs.test_end_to_end import small
 
 pytestmark = pytest.mark.slow
 
@@ -22,14 +21,30 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Preset]:
     """A policy that can end its answers, and two reward models."""
-    preset = small(tmp_path_factory.mktemp("runs"))
+    runs, preset = tmp_path_factory.mktemp("runs"), tiny()
+    brief: dict[str, Any] = {
+        "runs": runs, "steps": 4, "eval_every": 0, "eval_rows": 16,
+        "engine": replace(preset.ppo.engine, precision="float32"),
+    }  # fmt: skip
+    chosen = replace(
+        preset,
+        prepare=replace(
+            preset.prepare, runs=runs, world_documents=600, world_dialogues=400,
+            world_comparisons=300, world_prompts=200, world_heldout_prompts=24,
+        ),
+        pretrain=replace(preset.pretrain, **brief | {"steps": 30}),
+        sft=replace(preset.sft, **brief | {"steps": 40}),
+        helpfulness=replace(preset.helpfulness, **brief),
+        safety=replace(preset.safety, **brief),
+        ppo=replace(preset.ppo, runs=runs),
+    )  # fmt: skip
     with session(ClusterConfig(local_cpus=2)):
-        prepare.main(preset.prepare)
-        pretrain.main(replace(preset.pretrain, steps=30))
-        sft.main(replace(preset.sft, steps=40))
-        reward_model.main(preset.helpfulness)
-        reward_model.main(preset.safety)
-        yield preset
+        prepare.main(chosen.prepare)
+        pretrain.main(chosen.pretrain)
+        sft.main(chosen.sft)
+        reward_model.main(chosen.helpfulness)
+        reward_model.main(chosen.safety)
+        yield chosen
 
 
 def config(chain: Preset, kind: Any, **changes: Any) -> Any:
@@ -54,7 +69,9 @@ def test_rejection_samples_are_learned_from_the_base_model(chain: Preset) -> Non
     assert len(one) > 5
     assert [line["messages"] for line in one] == [line["messages"] for line in other]
     start = chain.ppo.runs / "tiny-pretrain" / "model"
-    sft.main(replace(chain.sft, name="learned", start=start, data=(dataset(chain, "one"),)))
+    sft.main(
+        replace(chain.sft, name="learned", steps=4, start=start, data=(dataset(chain, "one"),))
+    )
     run = RunDirectory(chain.ppo.runs, "learned")
     assert run.is_finished and (run.model / "model.safetensors").exists()
     rows = [Shards(run.path / "data" / "sft" / split) for split in ("train", "heldout")]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.losses import next_token_loss, policy_loss, ranking_loss, value_loss
+from llama2.losses import next_token_loss, policy_loss, ranking_loss, safety_loss, value_loss
 
 
 def test_ranking_loss_with_margins() -> None:
@@ -47,6 +47,7 @@ def test_any_split_adds_up_to_the_whole(sizes: list[int], seed: int) -> None:
     losses = (
         lambda a, b, c, d: next_token_loss(a, total),
         lambda a, b, c, d: ranking_loss(a, b, c, total),
+        lambda a, b, c, d: safety_loss(a, b > 0, total),
         lambda a, b, c, d: policy_loss(a, b, c, 0.2, total),
         lambda a, b, c, d: value_loss(a, b, d, 0.3, total),
     )
