@@ -293,7 +293,7 @@ def _iterate(learner: Learner, checkpoints: Checkpoints) -> None:
 
 def _learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
     policy, policy_weights = checkpoint.stream(task.policy)
-    critic, critic_weights = checkpoint.stream_scalar(task.critic)
+    critic, critic_weights = checkpoint.stream_scalar_from(task.critic, seed=0)
     # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
     critic_weights = (
         (name, torch.zeros_like(weight) if name == "score.weight" else weight)

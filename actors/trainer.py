@@ -6,9 +6,9 @@ step alone, so neither a restart nor the number of workers changes them.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from actors.export import export
 from actors.identity import identity, sampled_hash
 from actors.objectives import LanguageModelling, Margin, Objective, Ranking
+from actors.reward_report import RewardReport
 from actors.steps import BadBatch, MicroBatches, evaluate, update
 from cluster import training
 from cluster.checkpoints import Checkpoints
@@ -28,6 +29,7 @@ from llama2.config import ModelConfig
 from llama2.lora import LoraConfig, apply_lora
 from llama2.model import ScalarModel, Transformer, initial_weights
 from llama2.packing import sample_order
+from llama2.preference_mix import Aspect
 from llama2.schedules import Schedule
 from llama2.sequence_parallel import SequenceParallel
 from llama2.shards import Shards
@@ -67,6 +69,10 @@ class TrainTask:
     seed: int
     lora: LoraConfig
     margin: Margin = "small"
+    safety_weight: float = 0.0
+    """Weight of the auxiliary safety loss, of reward models."""
+    report_on: Mapping[Aspect, Path] = field(default_factory=dict)
+    """Held-out comparisons that a reward model is reported on, by kind."""
     activation_checkpointing: bool = False
     wandb_project: str = "llama2"
 
@@ -107,6 +113,7 @@ class Trainer:
             task.run.checkpoints, _identity(task, self.shards, self.engine), task.keep_checkpoints
         )
         self.progress = Progress()
+        self.report: RewardReport | None = None
         self.saved: int | None = None
         found = self.checkpoints.load({"model": self.engine})
         if found is not None:
@@ -143,7 +150,13 @@ class Trainer:
 
     def _measure(self) -> dict[str, float]:
         rows = range(min(self.task.eval_rows, len(self.heldout)))
-        return evaluate(self.engine, self.judge, rows, self.task.micro_batches)
+        found = evaluate(self.engine, self.judge, rows, self.task.micro_batches)
+        if self.task.report_on:
+            self.report = RewardReport.of(
+                self.engine, self.task.report_on, self.task.micro_batches, self.task.eval_rows
+            )
+            found |= self.report.headline
+        return found
 
     def _is_due(self, step: int, ends: bool) -> bool:
         if step == self.saved:
@@ -198,7 +211,9 @@ class Trainer:
         base = str(task.start or task.run.name)
         export(self.engine, task.tokenizer, task.run.model, task.lora, base)
         if training.rank() == 0:
-            task.run.finish(final)
+            if self.report is not None:
+                self.report.write(task.run)
+            task.run.finish(final | (self.report.tables if self.report is not None else {}))
         self.engine.close()
 
     def _load_best(self, final: dict[str, float]) -> dict[str, float]:
@@ -240,7 +255,7 @@ def tracker_of(task: TrainTask, first_step: int) -> Tracker:
 
 def _objective(task: TrainTask, shards: Shards, sequence: SequenceParallel) -> Objective:
     if task.stage == "reward_model":
-        return Ranking(shards, sequence, task.margin)
+        return Ranking(shards, sequence, task.margin, task.safety_weight)
     return LanguageModelling(shards, sequence)
 
 
@@ -277,6 +292,7 @@ def _identity(task: TrainTask, shards: Shards, engine: Engine) -> dict[str, Any]
         # Adapters are nothing without the weights that they are updates of.
         base=sampled_hash(task.start) if task.lora.rank and task.start is not None else "",
         margin=task.margin,
+        safety_weight=task.safety_weight,
         data=shards.fingerprint,
         seed=task.seed,
     )

@@ -16,7 +16,7 @@ import numpy as np
 import ray.train
 import torch
 import torch.distributed
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, RayTaskError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -104,9 +104,16 @@ class _Loop:
         except tuple(FINAL_ERRORS.values()) as error:
             if not self.failure.exists():
                 kind = next(name for name, kind in FINAL_ERRORS.items() if isinstance(error, kind))
-                record = {"error": kind, "sentence": str(error)}
+                record = {"error": kind, "sentence": str(_original(error))}
                 write_atomically(self.failure, json.dumps(record, ensure_ascii=False))
             raise
+
+
+def _original(error: BaseException) -> BaseException:
+    """The error itself of one that another process raised, whose text is that of its trace."""
+    while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
 
 
 class _Obituary(UserCallback):

@@ -22,7 +22,7 @@ from actors.generator import check_backend, deploy
 from actors.generator_config import GeneratorConfig
 from actors.learner import LearnTask, learn
 from actors.reference import Reference
-from actors.reward import Reward
+from actors.reward import Asked
 from cluster.placement import Workers, check_capacity
 from cluster.report import write_report
 from cluster.run_directory import RunDirectory
@@ -32,6 +32,7 @@ from cluster.weights import WeightStore
 from jobs import cli, results, stages
 from jobs.configs import PPOConfig
 from jobs.prepare import file_prompts, split_prompts
+from jobs.rewards import Rewards
 from llama2.chat import encode_prompt
 from llama2.checkpoint import check_folder
 from llama2.generation import Sampling
@@ -75,20 +76,22 @@ def main(config: PPOConfig) -> None:
         return
     check_sizes(config)
     check_backend(config.generator)
+    rewards = Rewards.find(config)
     if run.config.exists():  # told before a cluster starts
         run.open(cli.plain(config), may_change=MAY_CHANGE)
     with ExitStack() as stack:
         if stages.missing(config):
-            check_given(config)
+            check_given(config, rewards)
             stack.enter_context(session(config.cluster))
             stages.run_missing(config)
         models = find_models(config)
-        tokenizer = check_models(models)
+        tokenizer = check_policy(models.policy)
+        rewards.check(config.scorer)
         prompts = find_prompts(config, tokenizer, models)
         stack.enter_context(session(config.cluster))
-        check_capacity(roles(config))
+        check_capacity(roles(config, rewards))
         run.open(cli.plain(config), may_change=MAY_CHANGE)
-        train(config, run, models, prompts)
+        train(config, run, models, rewards, prompts)
     results.write(run, config.iterations)
     write_report(run, f"{run.name}: PPO", note=results.NOTE)
     print(f"\n{results.read(run)}\n\nThe model is in {run.model}, the report is {run.report}.")
@@ -104,22 +107,29 @@ def find_models(config: PPOConfig) -> Models:
     return Models(models.policy.absolute(), models.helpfulness.absolute(), models.safety.absolute())
 
 
-def check_given(config: PPOConfig) -> None:
+def check_given(config: PPOConfig, rewards: Rewards) -> None:
     """Raise for a named input that is missing or wrong, before the missing ones are made."""
     if config.policy is not None:
         check_folder(config.policy, scalar=False)
-    for folder in (config.helpfulness_model, config.safety_model):
-        if folder is not None:
-            check_folder(folder, scalar=True)
+    if config.helpfulness_model is not None or config.helpfulness_reward:
+        rewards.helpfulness.check(config.scorer)
+    if config.safety_model is not None or config.safety_reward:
+        rewards.safety.check(config.scorer)
     if config.prompts:
         _read_prompts(config)
 
 
-def check_models(models: Models) -> Tokenizer:
-    """The policy's tokenizer. Raises `ValueError` for folders that do not fit it or each other."""
-    policy = check_folder(models.policy, scalar=False)
-    tokenizer = load_tokenizer(models.policy)
+def check_policy(folder: Path) -> Tokenizer:
+    """The policy's tokenizer. Raises `ValueError` where folder, model and tokenizer do not fit."""
+    policy = check_folder(folder, scalar=False)
+    tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, policy.vocab_size)
+    return tokenizer
+
+
+def check_models(models: Models) -> Tokenizer:
+    """The tokenizer of all. Raises `ValueError` for folders that do not fit it or each other."""
+    tokenizer = check_policy(models.policy)
     for folder in (models.helpfulness, models.safety):
         check_folder(folder, scalar=True)
         if load_tokenizer(folder).fingerprint != tokenizer.fingerprint:
@@ -181,22 +191,25 @@ def check_sizes(config: PPOConfig) -> None:
         )
 
 
-def roles(config: PPOConfig) -> dict[str, Workers]:
+def roles(config: PPOConfig, rewards: Rewards) -> dict[str, Workers]:
     """All that run at once."""
     return {
         "learner": config.learner,
         "generator": replace(config.generator, count=config.generator.most),
         "reference": config.reference,
-        "helpfulness": config.rewards,
-        "safety": config.rewards,
+        "helpfulness": rewards.helpfulness.workers(config.rewards),
+        "safety": rewards.safety.workers(config.rewards),
     }
 
 
-def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts) -> None:
+def train(
+    config: PPOConfig, run: RunDirectory, models: Models, rewards: Rewards, prompts: Prompts
+) -> None:
     """Start the roles, run the learner to its end, and stop them."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     store = WeightStore.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     dtype = PRECISIONS[config.engine.precision]
+    asked = Asked(models.policy, prompts.train + prompts.heldout)
     try:
         generators = deploy(
             run.name, models.policy, store, config.engine.precision, config.generator
@@ -218,10 +231,11 @@ def train(config: PPOConfig, run: RunDirectory, models: Models, prompts: Prompts
             generators,
             config.generator.most,
             start(Reference, config.reference, models.policy, dtype),
-            start(Reward, config.rewards, models.helpfulness, dtype),
-            start(Reward, config.rewards, models.safety, dtype),
+            rewards.helpfulness.start(config.rewards, dtype, asked, config.scorer),
+            rewards.safety.start(config.rewards, dtype, asked, config.scorer),
         )
-        task = _learn_task(config, run, models, coordinator, store, generators)
+        critic = rewards.critic(models.policy)
+        task = _learn_task(config, run, models, critic, coordinator, store, generators)
         run_workers(learn, task, config.learner, run)
     finally:
         serve.delete(run.name)
@@ -246,6 +260,7 @@ def _learn_task(
     config: PPOConfig,
     run: RunDirectory,
     models: Models,
+    critic: Path,
     coordinator: Any,
     store: Any,
     generators: Any,
@@ -254,7 +269,7 @@ def _learn_task(
     return LearnTask(
         run=run,
         policy=models.policy,
-        critic=models.helpfulness,
+        critic=critic,
         tokenizer=models.policy,
         engine=config.engine,
         policy_schedule=Schedule(config.lr, updates, kind="constant"),

@@ -69,7 +69,7 @@ def read(run: RunDirectory) -> str:
     lines = [f"{heading:<{wide}}    before     after"]
     lines += [f"{r['']:<{wide}}  {r['before']:8.3f}  {r['after']:8.3f}" for r in found[TABLE]]
     lines.append(f"Gain: {found['gain']:+.3f} ± {found['gain_standard_error']:.3f} (std. error).")
-    for sample in read_json_lines(run.samples):
+    for sample in read_json_lines(run.samples) if run.samples.exists() else ():
         lines += ["", f"Prompt  {sample['prompt']}"]
         lines += [f"Before  {sample['before']}", f"After   {sample['after']}"]
     return "\n".join(lines)

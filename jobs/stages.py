@@ -35,8 +35,8 @@ def missing(config: PPOConfig) -> list[str]:
     """
     wanted = {
         "sft": config.policy,
-        "helpfulness": config.helpfulness_model,
-        "safety": config.safety_model,
+        "helpfulness": config.helpfulness_model or config.helpfulness_reward or None,
+        "safety": config.safety_model or config.safety_reward or None,
         "data": config.prompts or None,
     }
     absent = [

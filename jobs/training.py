@@ -1,6 +1,7 @@
 """What pretraining, SFT and reward modelling share as jobs: inputs, checks, the run, the report."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from jobs.prepare import check, prepare, sources
 from jobs.prepare_config import PrepareConfig
 from llama2.checkpoint import check_folder
 from llama2.config import ModelConfig
+from llama2.preference_mix import prepared
 from llama2.schedules import Schedule
 from llama2.sequence_parallel import check_degree, groups
 from llama2.shards import Shards
@@ -47,8 +49,14 @@ class Inputs:
     """How to prepare the data first, where raw records were given."""
 
 
-def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
-    """Train one model into its run directory; a finished run is left as it is."""
+def train_job(
+    config: TrainConfig,
+    stage: Stage,
+    start: Path | None,
+    mix: Callable[[Path, RunDirectory], Path] | None = None,
+) -> None:
+    """Train one model into its run directory; a finished run is left as it is. `mix` makes, of the
+    folder with all prepared data, that with the rows to train on."""
     part = _part(config, stage)
     run = RunDirectory(config.runs, config.run_name(part))
     if run.is_finished:
@@ -78,7 +86,8 @@ def train_job(config: TrainConfig, stage: Stage, start: Path | None) -> None:
             prepared = RunDirectory(run.path, "data")
             prepare(inputs.raw, sources(inputs.raw), prepared)
             _check_rows(config, inputs.data, model, load_tokenizer(inputs.tokenizer))
-        task = _task(config, stage, inputs, model, run, start)
+        train_rows = inputs.data / "train" if mix is None else mix(inputs.data.parent, run)
+        task = _task(config, stage, inputs, train_rows, model, run, start)
         print(f"{run.name}: {task.schedule.steps} steps of {config.batch_rows} rows", flush=True)
         run_workers(train, task, config.workers, run)
     write_report(run, _title(run, stage))
@@ -187,11 +196,12 @@ def _task(
     config: TrainConfig,
     stage: Stage,
     inputs: Inputs,
+    train_rows: Path,
     model: ModelConfig,
     run: RunDirectory,
     start: Path | None,
 ) -> TrainTask:
-    rows = len(Shards(inputs.data / "train"))
+    rows = len(Shards(train_rows))
     steps = config.steps or math.ceil(config.epochs * rows / config.batch_rows)
     warmup = config.warmup_steps
     if stage == "reward_model" and not warmup:
@@ -199,7 +209,7 @@ def _task(
     return TrainTask(
         stage=stage,
         run=run,
-        data=inputs.data / "train",
+        data=train_rows,
         heldout=inputs.data / "heldout",
         start=None if start is None else start.absolute(),
         model=model,
@@ -218,6 +228,8 @@ def _task(
         seed=config.seed,
         lora=config.lora,
         margin=config.margin if isinstance(config, RewardModelConfig) else "none",
+        safety_weight=config.safety_weight if isinstance(config, RewardModelConfig) else 0.0,
+        report_on=prepared(inputs.data.parent, "heldout") if stage == "reward_model" else {},
         activation_checkpointing=config.activation_checkpointing,
         wandb_project=config.wandb_project,
     )

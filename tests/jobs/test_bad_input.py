@@ -290,9 +290,11 @@ def test_the_wrong_kind_of_model(tmp_path: Path, folders: Folders) -> None:
 
 
 def test_a_reward_model_with_another_tokenizer(tmp_path: Path, folders: Folders) -> None:
-    config = replace(ppo_config(tmp_path, folders), safety_model=folders.other_reward)
-    found = refusal(ppo.main, config)
-    assert f"{folders.other_reward} has another tokenizer than the policy" in found
+    """PPO has its workers encode the text again; where that is not done, it is refused."""
+    with pytest.raises(SessionEntered):
+        ppo.main(replace(ppo_config(tmp_path, folders), safety_model=folders.other_reward))
+    with pytest.raises(ValueError, match=f"{folders.other_reward} has another tokenizer than"):
+        ppo.check_models(Models(folders.policy, folders.reward, folders.other_reward))
 
 
 def test_what_is_named_is_checked_before_missing_stages_run(
