@@ -18,6 +18,7 @@ import torch
 import torch.distributed
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from actors.engine_loop import EngineFailed
 from actors.experience import ExperienceBatch, collate, with_advantages
 from actors.export import export
 from actors.identity import identity
@@ -113,7 +114,8 @@ class Learner:
                 )
             except (DeploymentUnavailableError, TimeoutError) as error:
                 return [error]
-            return found
+            # Serve replaces a replica whose engine has failed: like one that does not answer yet.
+            return [TimeoutError(str(x)) if isinstance(x, EngineFailed) else x for x in found]
 
         receipts = publishing.confirm(version, refresh, task.store, task.replicas, task.timeout)
         return version, receipts

@@ -286,6 +286,7 @@ def _write_prompts(preparation: Preparation) -> None:
                 {
                     "messages": [{"role": m.role, "content": m.content} for m in prompt.messages],
                     "safety": prompt.safety,
+                    **({} if prompt.category is None else {"category": prompt.category}),
                 }
             )
             for prompt in prompts
