@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,14 +21,10 @@ from cluster.weights import (
     Version,
     WeightStore,
     answer,
-    combined,
     offered,
     pack,
     padded,
 )
-
-WRITERS = 2
-"""Threads that copy weights into shared memory: more are not faster, since memory is the limit."""
 
 
 class PublishError(RuntimeError):
@@ -56,62 +51,51 @@ def put(
     context = ray.get_runtime_context()
     begun = store.begin.remote(attempt, number, context.current_actor, context.get_node_id())
     segment = answer(begun, "begin", timeout)
+    digest = xxhash.xxh3_128()
     if segment is None:
-        fields, digests = _offer(buckets, attempt, store, timeout)
+        fields = _offer(buckets, digest, attempt, store, timeout)
     else:
-        fields, digests = _write(buckets, shared_memory.attach(segment, writable=True))
-    names = (field.name for field in fields)
-    version = Version(number, combined(zip(names, digests, strict=True)))
+        fields = _write(buckets, digest, shared_memory.attach(segment, writable=True))
+    version = Version(number, digest.hexdigest())
     answer(store.finish.remote(attempt, version, tuple(fields)), "finish", timeout)
     return version
 
 
 def _write(
-    buckets: Iterable[Sequence[tuple[str, Tensor]]], memory: Bytes
-) -> tuple[list[Field], list[bytes]]:
-    """Into memory, weight after weight."""
+    buckets: Iterable[Sequence[tuple[str, Tensor]]], digest: Any, memory: Bytes
+) -> list[Field]:
+    """Into memory, weight after weight; each piece is summed up while it is in the cache."""
     fields: list[Field] = []
-    digests: list[bytes] = []
     start = 0
-    before: list[Future[bytes]] = []
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for bucket in map(pack, buckets):
-            now = []
-            for field, part in zip(bucket.fields, bucket.parts, strict=True):
-                now.append(pool.submit(_copy, memory[start : start + len(part)], part))
-                start += padded(field.size)
-            digests += [copied.result() for copied in before]
-            fields += bucket.fields
-            before = now
-        digests += [copied.result() for copied in before]
-    return fields, digests
-
-
-def _copy(target: Bytes, source: Bytes) -> bytes:
-    """Copy; returns the digest of `source`."""
-    digest = xxhash.xxh3_128()
-    for start in range(0, len(source), CHUNK):
-        chunk = source[start : start + CHUNK]
-        np.copyto(target[start : start + CHUNK], chunk)
-        digest.update(chunk.data)
-    return digest.digest()
+    for bucket in map(pack, buckets):
+        for field, part in zip(bucket.fields, bucket.parts, strict=True):
+            digest.update(field.name.encode())
+            for first in range(0, len(part), CHUNK):
+                chunk = part[first : first + CHUNK]
+                np.copyto(memory[start + first : start + first + len(chunk)], chunk)
+                digest.update(chunk.data)
+            start += padded(field.size)
+            fields.append(field)
+    return fields
 
 
 def _offer(
     buckets: Iterable[Sequence[tuple[str, Tensor]]],
+    digest: Any,
     attempt: int,
     store: "ray.actor.ActorHandle[WeightStore]",
     timeout: float,
-) -> tuple[list[Field], list[bytes]]:
+) -> list[Field]:
     """As objects. While one is being written, it is summed up here and the next one is drawn."""
     fields: list[Field] = []
-    digests: list[bytes] = []
     calls: list[Any] = []
     try:
         for place, bucket in enumerate(map(pack, buckets)):
             offered[place] = bucket
             calls.append(store.take.remote(attempt, place))
-            digests += [xxhash.xxh3_128(part.data).digest() for part in bucket.parts]
+            for field, part in zip(bucket.fields, bucket.parts, strict=True):
+                digest.update(field.name.encode())
+                digest.update(part.data)
             fields += bucket.fields
             if place:
                 _written(calls[place - 1], place - 1, timeout)
@@ -119,7 +103,7 @@ def _offer(
             _written(calls[-1], len(calls) - 1, timeout)
     finally:
         offered.clear()
-    return fields, digests
+    return fields
 
 
 def _written(call: Any, place: int, timeout: float) -> None:

@@ -114,19 +114,12 @@ def _bytes(tensor: Tensor) -> Bytes:
 
 
 def checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """xxh3-128 over each name and the xxh3-128 digest of its weight's bytes, in order."""
-    return combined(
-        (name, xxhash.xxh3_128(_bytes(tensor).data).digest()) for name, tensor in weights
-    )
-
-
-def combined(digests: Iterable[tuple[str, bytes]]) -> str:
-    """The checksum of weights with these names and digests."""
-    whole = xxhash.xxh3_128()
-    for name, digest in digests:
-        whole.update(name.encode())
-        whole.update(digest)
-    return whole.hexdigest()
+    """xxh3-128 over names and bytes, in order."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in weights:
+        digest.update(name.encode())
+        digest.update(_bytes(tensor).data)
+    return digest.hexdigest()
 
 
 def load(module: nn.Module, source: Snapshot) -> Version:
@@ -138,9 +131,12 @@ def load(module: nn.Module, source: Snapshot) -> Version:
     """
     state = module.state_dict()
     _check_names(state, source)
+    digest = xxhash.xxh3_128()
     with torch.no_grad():
-        found = combined((name, _copy(state[name], tensor)) for name, tensor in source.tensors())
-    return Version(source.version.number, found)
+        for name, tensor in source.tensors():
+            digest.update(name.encode())
+            _copy(state[name], tensor, digest)
+    return Version(source.version.number, digest.hexdigest())
 
 
 def _check_names(state: dict[str, Tensor], source: Snapshot) -> None:
@@ -155,19 +151,17 @@ def _check_names(state: dict[str, Tensor], source: Snapshot) -> None:
     assert not any(state[name].numel() for name in missing), f"no weights for {missing}"
 
 
-def _copy(target: Tensor, source: Tensor) -> bytes:
-    """Copy; returns the digest of what `target` then holds."""
-    digest = xxhash.xxh3_128()
+def _copy(target: Tensor, source: Tensor, digest: Any) -> None:
+    """Copy, and add to the digest what `target` then holds."""
     if target.device.type != "cpu" or target.dtype != source.dtype or not target.is_contiguous():
         target.copy_(source)
         digest.update(_bytes(target.to(source.dtype)).data)
-        return digest.digest()
+        return
     there, here = _bytes(target), _bytes(source)
     for start in range(0, len(here), CHUNK):
         chunk = there[start : start + CHUNK]
         np.copyto(chunk, here[start : start + CHUNK])
         digest.update(chunk.data)
-    return digest.digest()
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import os
 import torch
 from torch import Tensor
 
+from llama2.generation.bag_cache import BagCache
 from llama2.generation.decoder import Cache, Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
-from llama2.generation.product_cache import ProductCache
 from llama2.generation.request import Request
 from llama2.generation.sampling import draw, settings
 from llama2.generation.varlen_cache import VarlenCache
@@ -27,7 +27,7 @@ class Runner:
         self._graphs: DecodingGraphs | None = None
         self._sample = draw
         on_gpu = weight.device.type == "cuda"
-        kind: type[VarlenCache | ProductCache] = ProductCache
+        kind: type[VarlenCache | BagCache] = BagCache
         if on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
             kind = VarlenCache  # flash attention knows no float32
         self.pages = -(-cache_tokens // kind.page_size)

@@ -3,7 +3,6 @@ itself on pages so small that everything happens."""
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 
 from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
-from llama2.generation import Completion, Engine, Sampling, Token, product_cache
-from llama2.generation.product_cache import ProductCache
+from llama2.generation import Completion, Engine, Sampling, Token, bag_cache
+from llama2.generation.bag_cache import BagCache
 from llama2.generation.request import Request
 from llama2.model import Transformer, initialize
 
@@ -26,8 +25,8 @@ PAGE = 4
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_cache, "PAGE", PAGE)
-    monkeypatch.setattr(ProductCache, "page_size", PAGE)
+    monkeypatch.setattr(bag_cache, "PAGE", PAGE)
+    monkeypatch.setattr(BagCache, "page_size", PAGE)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +191,11 @@ def test_in_bfloat16_not_even_rounding_depends_on_the_schedule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()  # pages of the usual size
-    config = replace(CONFIG, hidden_size=96, num_hidden_layers=4, max_position_embeddings=400)
+    config = ModelConfig(  # of widths that are whole vectors, as real models' are
+        vocab_size=61, hidden_size=128, intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400,
+        initializer_range=0.3,
+    )  # fmt: skip
     model = Transformer(config)
     initialize(model, config, seed=3)
     model = model.bfloat16().eval()
