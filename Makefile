@@ -1,6 +1,6 @@
 # make ppo   from nothing to PPO on this machine
 # make test  the tests
-# make bench speed of training and preparation, side by side with Transformers; half an hour
+# make bench speed, side by side with Transformers and, after `make vllm`, with vLLM; 40 minutes
 # Each sets up .venv first. PYTHON names the interpreter, 3.11 or 3.12.
 # make vllm       .venv-vllm, an environment with vLLM for CPUs
 # make vllm-test  the tests of the vLLM backend, in that environment; five minutes
@@ -21,6 +21,8 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.loop
 	$(BIN)/python -m tests.benchmarks.preparation
+	$(BIN)/python -m tests.benchmarks.generation
+	$(BIN)/python -m tests.benchmarks.publishing
 
 # Style, types and the tests' own markers: what a change must pass besides `make test`.
 check: setup
