@@ -27,6 +27,11 @@ class WeightsChanged(RuntimeError):
     """An answer cannot be completed with the weights that it was begun with."""
 
 
+class AnswerChanged(RuntimeError):
+    """Another replica writes another answer, as it may on GPUs and with vLLM, whose rounding
+    depends on what else is computed."""
+
+
 async def until_answered(ask: Callable[[], Awaitable[T]]) -> T:
     """What `ask` brings; where its replica is lost, asked again after 1, 2, 4, ... seconds, in
     which Serve replaces the replica. Raises the last error after `ATTEMPTS` of them."""
@@ -74,11 +79,11 @@ async def stream(
     another one writes it again and what came already is left out. Closing the generator cancels
     the request.
 
-    Raises the replica's error after `ATTEMPTS` of them, and `WeightsChanged` where the weights that
-    the answer began with are gone.
+    Raises the replica's error after `ATTEMPTS` of them, `WeightsChanged` where the weights that the
+    answer began with are gone, and `AnswerChanged` where what came already is written otherwise.
     """
     version: Version | None = None
-    given = 0
+    given: list[int] = []
     for attempt in range(ATTEMPTS):
         pieces = generators.options(stream=True).stream.remote(request, sampling)
         seen = 0
@@ -90,9 +95,17 @@ async def stream(
                         "have changed since; ask again."
                     )
                 version = piece.version
-                known, seen = max(0, given - seen), seen + len(piece.tokens)
-                if seen > given or piece.finish_reason is not None:
-                    given = max(given, seen)
+                known = max(0, len(given) - seen)
+                again = list(piece.tokens[:known])
+                ended = piece.finish_reason is not None
+                if again != given[seen : seen + (known if ended else len(piece.tokens))]:
+                    raise AnswerChanged(
+                        f"The answer to {request.id} was lost with its replica, and another one "
+                        "answers otherwise; ask again."
+                    )
+                seen += len(piece.tokens)
+                given += piece.tokens[known:]
+                if len(piece.tokens) > known or piece.finish_reason is not None:
                     yield Piece(
                         piece.tokens[known:], piece.logprobs[known:], piece.finish_reason, version
                     )
