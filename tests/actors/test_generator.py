@@ -266,7 +266,8 @@ def test_a_killed_replica_costs_no_answer_and_its_successor_has_the_newest_weigh
     assert tokens == wanted.tokens
     until(lambda: len(replicas("pair")) == 2 and set(replicas("pair")) != set(before))
     new = (set(replicas("pair")) - set(before)).pop()
-    until(lambda: inside(new, lambda generator: generator._engine.version) == serving.version)
+    # It is None until its constructor has ended.
+    until(lambda: inside(new, lambda made: made and made._engine.version) == serving.version)
     # Both answer, and nothing but the newest weights.
     until(lambda: len(serving.handle.broadcast("refresh").results(timeout_s=60)) == 2)
 
