@@ -7,7 +7,7 @@ from actors.conversing import Conversation
 from actors.measured_model import MeasuredModel, Question
 from jobs.conversations import read_conversations
 from jobs.evaluate_config import EvaluateConfig
-from jobs.ghost_attention_config import AdherenceConfig
+from jobs.ghost_attention_config import ConversationConfig
 from llama2.chat import Message, dialogue_fault
 from llama2.evaluation import Measure
 from llama2.generation import Sampling
@@ -25,7 +25,7 @@ def find_conversations(config: EvaluateConfig, of_world: bool) -> list[Conversat
     if not config.conversations or not (of_world or config.constraints):
         return []
     found = read_conversations(
-        AdherenceConfig(
+        ConversationConfig(
             preset=config.preset,
             runs=config.runs,
             seed=config.seed,

@@ -54,6 +54,3 @@ class GhostAttentionConfig(ConversationConfig):
         """The defaults of a preset."""
         size = 400 if preset.ppo.preset == "tiny" else 1000
         return GhostAttentionConfig(**defaults(preset), conversations=size)
-
-
-AdherenceConfig = ConversationConfig

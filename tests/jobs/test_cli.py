@@ -289,7 +289,8 @@ def test_reward_models_warm_up_for_3_percent_and_5_steps_at_least(
     config = replace(preset("7b").helpfulness, steps=steps)
     inputs = Inputs(tmp_path, tmp_path, None)
     run = RunDirectory(tmp_path, "mine")
-    task = training._task(config, "reward_model", inputs, config.model, run, tmp_path)
+    rows = tmp_path / "train"
+    task = training._task(config, "reward_model", inputs, rows, config.model, run, tmp_path)
     assert task.schedule.warmup == warmup
     assert task.schedule(warmup - 1) == pytest.approx(1e-5)
     assert task.schedule(0) == pytest.approx(1e-5 / warmup)
