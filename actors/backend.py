@@ -12,6 +12,7 @@ from cluster.weights import Snapshot, Version
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling, Token
+from llama2.generation.runner import bytes_per_token
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -84,10 +85,10 @@ def cache_tokens(config: ModelConfig, gib: float, dtype: torch.dtype) -> int | N
     """
     if not gib:
         return None
-    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_width
-    found = int(gib * 2**30 / (entry * dtype.itemsize))
+    entry = bytes_per_token(config, dtype)
+    found = int(gib * 2**30 / entry)
     if found < config.max_position_embeddings:
-        needed = config.max_position_embeddings * entry * dtype.itemsize / 2**30
+        needed = config.max_position_embeddings * entry / 2**30
         raise ValueError(
             f"cache_gib {gib:g} is less than one context of {config.max_position_embeddings} "
             f"tokens takes ({needed:.3g} GiB); give more."

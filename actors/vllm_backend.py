@@ -13,6 +13,7 @@ from cluster.weights import Snapshot, Version
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.generation import Sampling, Token
+from llama2.generation.request import check_prompt
 
 SEEDS = 1 << 63
 """vLLM's seeds are 64-bit integers, and -1 means none."""
@@ -76,7 +77,7 @@ class VllmBackend:
         from vllm.sampling_params import RequestOutputKind
 
         assert id not in self._running, f"request {id} is not finished"
-        self._check_prompt(prompt)
+        check_prompt(prompt, self._model, "The prompt")
         parameters = SamplingParams(
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -139,21 +140,6 @@ class VllmBackend:
         checksums = call("held_checksum", args=(fields,))
         assert len(set(checksums)) == 1, "workers that hold parts of one model disagree on it"
         return Version(snapshot.version.number, checksums[0])
-
-    def _check_prompt(self, prompt: Sequence[int]) -> None:
-        context, vocabulary = self._model.max_position_embeddings, self._model.vocab_size
-        if not len(prompt):
-            raise ValueError("The prompt is empty; give at least the beginning-of-text token.")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"The prompt has {len(prompt)} tokens, which leaves no room for an answer "
-                f"in the context of {context}; shorten it."
-            )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(
-                f"The prompt holds a token id outside the vocabulary of {vocabulary}; "
-                "use the model's own tokenizer."
-            )
 
     def _try(self, folder: Path) -> None:
         """Answer one prompt, since some shapes are refused only then."""

@@ -48,8 +48,8 @@ class EvaluateConfig(JobConfig):
     """Conversations of several turns for Ghost-Attention adherence, with questions of the world or,
     where `constraints` are given, with the dialogues of `prompts`; 0 holds none."""
     constraints: Path | None = None
-    """File of standing instructions with patterns, as `jobs/adherence.py` takes them; by default
-    the world's."""
+    """File of standing instructions with patterns, as `jobs/ghost_attention.py` takes them; by
+    default the world's."""
     tasks: tuple[str, ...] = ()
     """Academic tasks of lm-evaluation-harness (mmlu, bbh, gsm8k, humaneval): names of tasks or
     groups, or yaml files. Needs the extra `eval`."""

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from actors.reward import Asked, Reward
 from actors.reward_function import RewardFunction, ScorerLimits, load_scorer
 from cluster.placement import Workers
-from jobs.configs import PPOConfig
 from llama2.checkpoint import check_folder
 from llama2.tokenizer import check_vocabulary, load_tokenizer
 
@@ -55,6 +54,23 @@ class RewardSource:
         return [role.options(**options).remote(*arguments) for _ in range(workers.count)]
 
 
+class NamesRewards(Protocol):
+    """A config that says where both scores come from."""
+
+    @property
+    def runs(self) -> Path: ...
+    @property
+    def preset(self) -> str: ...
+    @property
+    def helpfulness_model(self) -> Path | None: ...
+    @property
+    def safety_model(self) -> Path | None: ...
+    @property
+    def helpfulness_reward(self) -> str: ...
+    @property
+    def safety_reward(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Rewards:
     """Both of them."""
@@ -63,7 +79,7 @@ class Rewards:
     safety: RewardSource
 
     @staticmethod
-    def find(config: PPOConfig) -> "Rewards":
+    def find(config: NamesRewards) -> "Rewards":
         """What was named, else the preset's models. Raises `ValueError` where a model and a
         function are named for one place."""
         return Rewards(
@@ -82,7 +98,7 @@ class Rewards:
         return self.helpfulness.model if self.helpfulness.shares_tokenizer(policy) else policy
 
 
-def _find(config: PPOConfig, what: str, model: Path | None, function: str) -> RewardSource:
+def _find(config: NamesRewards, what: str, model: Path | None, function: str) -> RewardSource:
     if model is not None and function:
         raise ValueError(
             f"Both {what}_model {model} and {what}_reward {function} are given; leave one out."

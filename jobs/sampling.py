@@ -68,21 +68,9 @@ def find_cast(config: SamplingConfig, scored: bool = True) -> Cast:
     Prompting.read(policy)
     if not scored:
         return Cast(policy, None)
-    rewards = Rewards(
-        _source(config, "helpfulness", config.helpfulness_model, config.helpfulness_reward),
-        _source(config, "safety", config.safety_model, config.safety_reward),
-    )
+    rewards = Rewards.find(config)
     rewards.check(config.scorer)
     return Cast(policy, rewards)
-
-
-def _source(config: SamplingConfig, name: str, model: Path | None, function: str) -> RewardSource:
-    if model is not None and function:
-        raise ValueError(
-            f"Both {name}_model {model} and {name}_reward {function} are given; leave one out."
-        )
-    default = config.runs / f"{config.preset}-{name}" / "model"
-    return RewardSource((model or default).absolute(), function)
 
 
 @contextmanager

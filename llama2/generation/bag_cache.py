@@ -94,7 +94,7 @@ class BagCache:
         page_N, offset_N = np.divmod(slots, PAGE)
         self._page_N, self._offset_N = self._tensor(page_N), self._tensor(offset_N)
         decoding = [tuple(span.pages) for span in singles]
-        if decoding != self._decoding:  # as in most steps, since a page lasts for many
+        if decoding != self._decoding:  # not in most steps, since a page lasts for many
             self._decoding, self._tiles = decoding, self._lay(decoding) if decoding else None
         if self._tiles is not None:
             length_R = np.array([span.past + 1 for span in singles])
@@ -134,13 +134,14 @@ class BagCache:
         most = int(count_R.max())
         flat = np.fromiter(chain.from_iterable(pages), np.int64)
         first_R = np.cumsum(count_R) - count_R
-        head_M = np.repeat(np.arange(len(pages) * heads), np.repeat(count_R, heads))
-        row_M, first = head_M // heads, np.repeat(np.repeat(count_R, heads), 1)
-        rank_M = np.arange(len(head_M)) - np.repeat(np.cumsum(first) - first, first)
+        counts = np.repeat(count_R, heads)  # of each row and head
+        firsts = np.cumsum(counts) - counts
+        head_M = np.repeat(np.arange(len(counts)), counts)
+        row_M, rank_M = head_M // heads, np.arange(len(head_M)) - np.repeat(firsts, counts)
         page_M = flat[first_R[row_M] + rank_M]
         group_M = page_M * self.groups + head_M % heads // (heads // self.groups)
         place_M = head_M * most + rank_M
-        vectors = np.zeros(len(pages) * heads * most, np.int32)
+        vectors = np.zeros(len(counts) * most, np.int32)
         vectors[place_M] = width
         ragged = len(place_M) < len(vectors)
         return _Tiles(
@@ -150,7 +151,7 @@ class BagCache:
             self._tensor(np.cumsum(vectors, dtype=np.int32) - vectors),
             self._tensor(place_M) if ragged else None,
             self._tensor((group_M[:, None] * PAGE + np.arange(PAGE)).astype(np.int32)),
-            self._tensor(((np.cumsum(first) - first) * PAGE).astype(np.int32)),
+            self._tensor((firsts * PAGE).astype(np.int32)),
         )
 
     def _alike(self, spans: Sequence[Span], start: int) -> list[_Chunks]:

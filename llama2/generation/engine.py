@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama2.generation.pages import Pages
-from llama2.generation.request import FinishReason, Request, Token, new_request
+from llama2.generation.request import (
+    FinishReason,
+    Request,
+    Token,
+    check_prompt,
+    new_request,
+)
 from llama2.generation.runner import Runner, default_cache_tokens
 from llama2.generation.sampling import Sampling
 from llama2.generation.scheduler import Counters, Scheduler
@@ -140,20 +146,8 @@ class Engine:
         return drawn
 
     def _check(self, prompt: Sequence[int], sampling: Sampling, what: str) -> None:
-        config = self.model.config
-        context, vocabulary = config.max_position_embeddings, config.vocab_size
-        if not len(prompt):
-            raise ValueError(f"{what} is empty; give at least the beginning-of-text token.")
-        if len(prompt) >= context:
-            raise ValueError(
-                f"{what} has {len(prompt)} tokens, which leaves no room for an answer "
-                f"in the context of {context}; shorten it."
-            )
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(
-                f"{what} holds a token id outside the vocabulary of {vocabulary}; "
-                "use the model's own tokenizer."
-            )
+        check_prompt(prompt, self.model.config, what)
+        context = self.model.config.max_position_embeddings
         longest = min(context, len(prompt) + sampling.max_new_tokens) - 1
         room = self._pages.count * self._pages.size
         if longest > room:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from llama2.config import ModelConfig
 from llama2.generation.pages import prefix_keys
 from llama2.generation.sampling import Sampling
 
@@ -79,3 +80,21 @@ def new_request(
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(seed)).tolist()
     keys = prefix_keys(prompt[:-1], page_size)
     return Request(id, list(prompt), len(prompt), limit, sampling, uniforms, keys)
+
+
+def check_prompt(prompt: Sequence[int], config: ModelConfig, what: str) -> None:
+    """Raise `ValueError`, which calls the prompt `what`, where it is empty, holds ids outside the
+    vocabulary, or leaves no room in the context."""
+    context, vocabulary = config.max_position_embeddings, config.vocab_size
+    if not len(prompt):
+        raise ValueError(f"{what} is empty; give at least the beginning-of-text token.")
+    if len(prompt) >= context:
+        raise ValueError(
+            f"{what} has {len(prompt)} tokens, which leaves no room for an answer "
+            f"in the context of {context}; shorten it."
+        )
+    if min(prompt) < 0 or max(prompt) >= vocabulary:
+        raise ValueError(
+            f"{what} holds a token id outside the vocabulary of {vocabulary}; "
+            "use the model's own tokenizer."
+        )

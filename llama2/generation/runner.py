@@ -8,6 +8,7 @@ import os
 import torch
 from torch import Tensor
 
+from llama2.config import ModelConfig
 from llama2.generation.bag_cache import BagCache
 from llama2.generation.decoder import Cache, Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
@@ -72,14 +73,18 @@ class Runner:
         return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take up, in all layers."""
+    width = config.num_key_value_heads * config.head_width
+    return 2 * config.num_hidden_layers * width * dtype.itemsize
+
+
 def default_cache_tokens(model: Transformer, rows: int) -> int:
     """Tokens that `rows` full rows hold, or as many as fit into a quarter of a CPU's free memory
     or half of a GPU's."""
     config, weight = model.config, model.lm_head.weight
-    width = config.num_key_value_heads * config.head_width
-    token_bytes = 2 * config.num_hidden_layers * width * weight.dtype.itemsize
     if weight.device.type == "cuda":
         room = torch.cuda.mem_get_info(weight.device)[0] // 2
     else:
         room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    return min(rows * config.max_position_embeddings, room // token_bytes)
+    return min(rows * config.max_position_embeddings, room // bytes_per_token(config, weight.dtype))
