@@ -76,6 +76,11 @@ class BagCache:
         self._hidden = torch.empty(0)
         self._chunks: list[_Chunks] = []
 
+    def take_memory(self) -> None:
+        """Touch all pages now, which costs as much as writing them, instead of one by one."""
+        self._keys.zero_()
+        self._values.zero_()
+
     def copy(self, source: int, target: int) -> None:
         """Give one page the content of another."""
         self._keys[:, target] = self._keys[:, source]

@@ -1,17 +1,19 @@
 """The model as the engine runs it: over a flat batch of tokens of many rows, with paged keys and
-values. It reads the model's own weights, so what is written to them counts from the next step on.
+values. It reads the model's own weights.
 
 Shapes: N tokens, D model width, H query heads, G key/value heads, K head width, L tokens of the
 context, R rows that draw, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, cast
+from itertools import chain
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.generation.product import Product
 from llama2.model import FeedForward, Layer, RMSNorm, Transformer
 from llama2.rope import inverse_frequencies, rotation
 
@@ -44,17 +46,20 @@ class Cache(Protocol):
         see, [N, H, K]."""
 
 
-class _Fused(NamedTuple):
-    """A layer's matrices that are multiplied by the same input, in one piece of memory."""
+class _Products(NamedTuple):
+    """A layer's matrices; those that are multiplied by the same input are one."""
 
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
+    qkv: Product
+    o: Product
+    gate_up: Product
+    down: Product
 
 
 class Decoder:
-    """Turns tokens into logits of those that a next token is drawn after."""
+    """Turns tokens into logits of those that a next token is drawn after.
+
+    What is written to the model's weights counts once `weights_changed` was called.
+    """
 
     def __init__(self, model: Transformer) -> None:
         config = model.config
@@ -66,7 +71,13 @@ class Decoder:
         frequencies = inverse_frequencies(config).to(weight.device)
         cos, sin = rotation(positions, frequencies, 1, weight.dtype)
         self.cos_L1K, self.sin_L1K = cos.transpose(0, 1), sin.transpose(0, 1)
-        self._fused = [_fuse(layer) for layer in model.model.layers]
+        self._layers = [_products(layer) for layer in model.model.layers]
+        self._head = Product(weight, None)
+
+    def weights_changed(self) -> None:
+        """Compute with what the model's weights now are."""
+        for product in (self._head, *chain.from_iterable(self._layers)):
+            product.weights_changed()
 
     def forward(
         self, tokens_N: Tensor, positions_N: Tensor, drawing_R: Tensor, cache: Cache
@@ -80,24 +91,23 @@ class Decoder:
             assert isinstance(layer, Layer)
             x_ND = x_ND + self._attend(layer, index, x_ND, cos, sin, cache)
             x_ND = x_ND + self._feed_forward(layer, index, x_ND)
-        return cast(Tensor, self.model.lm_head(_normalize(trunk.norm, x_ND[drawing_R])))
+        return self._head(_normalize(trunk.norm, x_ND[drawing_R]))
 
     def _attend(
         self, layer: Layer, index: int, x_ND: Tensor, cos: Tensor, sin: Tensor, cache: Cache
     ) -> Tensor:
-        fused = self._fused[index]
+        products = self._layers[index]
         normal_ND = _normalize(layer.input_layernorm, x_ND)
-        qkv = F.linear(normal_ND, fused.qkv, fused.qkv_bias).unflatten(1, (-1, self.width))
+        qkv = products.qkv(normal_ND).unflatten(1, (-1, self.width))
         _turn(qkv[:, : self.heads + self.groups], cos, sin)
         mixed_NHK = cache.attend(index, qkv[:, : self.heads], qkv[:, self.heads :])
-        return cast(Tensor, layer.self_attn.o_proj(mixed_NHK.flatten(1)))
+        return products.o(mixed_NHK.flatten(1))
 
     def _feed_forward(self, layer: Layer, index: int, x_ND: Tensor) -> Tensor:
-        fused = self._fused[index]
+        products = self._layers[index]
         normal_ND = _normalize(layer.post_attention_layernorm, x_ND)
-        gate, up = F.linear(normal_ND, fused.gate_up, fused.gate_up_bias).chunk(2, dim=1)
-        down = layer.mlp.down_proj
-        return F.linear(F.silu(gate).mul_(up), down.weight, down.bias)
+        gate, up = products.gate_up(normal_ND).chunk(2, dim=1)
+        return products.down(F.silu(gate).mul_(up))
 
 
 def _normalize(norm: nn.Module, x: Tensor) -> Tensor:
@@ -112,13 +122,16 @@ def _turn(x_NHK: Tensor, cos_N1K: Tensor, sin_N1K: Tensor) -> None:
     torch.addcmul(x_NHK * cos_N1K, swapped, sin_N1K, out=x_NHK)
 
 
-def _fuse(layer: nn.Module) -> _Fused:
+def _products(layer: nn.Module) -> _Products:
     assert isinstance(layer, Layer)
     attention, mlp = layer.self_attn, layer.mlp
     assert isinstance(mlp, FeedForward)
-    qkv, qkv_bias = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
-    gate_up, gate_up_bias = _joined([mlp.gate_proj, mlp.up_proj])
-    return _Fused(qkv, qkv_bias, gate_up, gate_up_bias)
+    return _Products(
+        Product(*_joined([attention.q_proj, attention.k_proj, attention.v_proj])),
+        Product(attention.o_proj.weight, attention.o_proj.bias),
+        Product(*_joined([mlp.gate_proj, mlp.up_proj])),
+        Product(mlp.down_proj.weight, mlp.down_proj.bias),
+    )
 
 
 @torch.no_grad()

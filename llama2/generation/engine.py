@@ -12,7 +12,7 @@ from llama2.generation.request import (
     check_prompt,
     new_request,
 )
-from llama2.generation.runner import Runner, default_cache_tokens
+from llama2.generation.runner import Runner
 from llama2.generation.sampling import Sampling
 from llama2.generation.scheduler import Counters, Scheduler
 from llama2.model import Transformer
@@ -30,8 +30,9 @@ class Completion:
 class Engine:
     """Answers requests, up to `max_batch_size` at a time.
 
-    cache_tokens: tokens whose keys and values are held at a time; by default what all rows need, or
-    as much as a part of the free memory holds. Requests that find no room wait, and the newest give
+    cache_tokens: tokens whose keys and values are held at a time, in memory that is taken at once;
+    by default what all rows need, or as much as a part of the free memory holds, which a CPU takes
+    page by page. Requests that find no room wait, and the newest give
     way. chunk: most tokens of one prompt in a step, rounded up to whole pages. share_prefixes: take
     over keys and values of prompts that begin alike.
     """
@@ -45,8 +46,7 @@ class Engine:
         share_prefixes: bool = True,
     ) -> None:
         self.model = model
-        tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
-        self._runner = Runner(model, tokens)
+        self._runner = Runner(model, max_batch_size, cache_tokens)
         cache = self._runner.cache
         self._pages = Pages(self._runner.pages, cache.page_size)
         self._scheduler = Scheduler(self._pages, max_batch_size, chunk, 2 * chunk, cache.copy)
@@ -101,8 +101,10 @@ class Engine:
             self._scheduler.remove(self._requests.pop(id))
 
     def weights_changed(self) -> None:
-        """Forget keys and values of the weights before. Not while a request is unfinished."""
+        """Compute with what the model's weights now are, and forget keys and values of those
+        before. Not while a request is unfinished."""
         assert not self.busy, "requests are unfinished"
+        self._runner.weights_changed()
         self._pages.forget()
 
     def generate(

@@ -19,9 +19,10 @@ from llama2.model import Transformer
 
 
 class Runner:
-    """A model with a cache for `cache_tokens` tokens, on the model's device."""
+    """A model with a cache for `cache_tokens` tokens, on the model's device; by default for so many
+    as `max_batch_size` rows may need, as far as memory goes."""
 
-    def __init__(self, model: Transformer, cache_tokens: int) -> None:
+    def __init__(self, model: Transformer, max_batch_size: int, cache_tokens: int | None) -> None:
         weight = model.lm_head.weight
         self._device = weight.device
         self._decoder = Decoder(model)
@@ -31,12 +32,19 @@ class Runner:
         kind: type[VarlenCache | BagCache] = BagCache
         if on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
             kind = VarlenCache  # flash attention knows no float32
-        self.pages = -(-cache_tokens // kind.page_size)
+        tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
+        self.pages = -(-tokens // kind.page_size)
         self.cache: Cache = kind(model.config, self.pages, weight.dtype, weight.device)
+        if isinstance(self.cache, BagCache) and cache_tokens:
+            self.cache.take_memory()  # what was asked for is there; a default is taken as needed
         if on_gpu:
             self._sample = torch.compile(draw, dynamic=True)
         if isinstance(self.cache, VarlenCache):
             self._graphs = DecodingGraphs(self._decoder, self.cache)
+
+    def weights_changed(self) -> None:
+        """Compute with what the model's weights now are."""
+        self._decoder.weights_changed()
 
     @torch.inference_mode()
     def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:

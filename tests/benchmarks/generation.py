@@ -18,6 +18,7 @@ import torch
 
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
+from llama2.generation.runner import bytes_per_token
 from llama2.model import Transformer, initialize
 from tests.benchmarks.side_by_side import (
     Contender,
@@ -29,6 +30,8 @@ from tests.benchmarks.side_by_side import (
 )
 
 VOCABULARY = 32_000
+CACHE_BYTES = 2**31
+"""Of keys and values, taken before the first request, as vLLM's are here."""
 VLLM = Path(".venv-vllm/bin/python")
 
 
@@ -82,7 +85,8 @@ def model(work: Workload) -> Transformer:
 
 
 def ours(work: Workload) -> Step:
-    engine, seeds = Engine(model(work)), count()
+    held = CACHE_BYTES // bytes_per_token(work.config, torch.bfloat16)
+    engine, seeds = Engine(model(work), cache_tokens=held), count()
 
     def step() -> None:
         made = engine.generate(prompts(work.requests, work.prompt, next(seeds)), endless(work.new))

@@ -1,5 +1,6 @@
 """The generation engine against full forward passes, transformers, and the distribution itself."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 
+from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
+from llama2.generation.product import Product
 from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
 
@@ -73,6 +76,33 @@ def test_logprobs_agree_in_bfloat16() -> None:
         logprobs = model(tokens[:, :-1], targets_BT=targets).detach()
         differences.append((torch.tensor(completion.logprobs) - logprobs).abs())
     assert torch.cat(differences).mean() < 0.02
+
+
+@pytest.mark.skipif(not fast_bfloat16(), reason="bfloat16 matrices are not laid out here")
+@pytest.mark.parametrize("rows", [1, 7, 32, 130])
+def test_a_laid_out_matrix_gives_the_same_product(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias, x = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((96, 160), (96,), (rows, 160))
+    )
+    product = Product(weight, bias)
+    assert torch.equal(product(x), torch.nn.functional.linear(x, weight, bias))
+    weight.mul_(2)
+    product.weights_changed()
+    assert torch.equal(product(x), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_new_bfloat16_weights_count(model: Transformer) -> None:
+    changed = copy.deepcopy(model).bfloat16()
+    engine, greedy = Engine(changed), Sampling(temperature=0, max_new_tokens=20, stop_ids=())
+    before = engine.generate(PROMPTS, greedy)
+    with torch.no_grad():
+        changed.lm_head.weight.neg_()
+        changed.model.layers[1].mlp.down_proj.weight.mul_(0.5)
+    engine.weights_changed()
+    after = engine.generate(PROMPTS, greedy)
+    assert after == Engine(copy.deepcopy(changed)).generate(PROMPTS, greedy) != before
 
 
 def test_draws_depend_on_the_seed_alone(model: Transformer) -> None:

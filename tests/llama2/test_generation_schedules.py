@@ -58,6 +58,9 @@ class StandIn:
     def slots(self, request: Request, end: int) -> list[int]:
         return [request.pages[i // PAGE] * PAGE + i % PAGE for i in range(end)]
 
+    def weights_changed(self) -> None:
+        """It has none."""
+
     def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:
         for request, count in plan:
             end = request.computed + count
