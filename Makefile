@@ -1,4 +1,5 @@
 # make ppo   from nothing to PPO on this machine
+# make rlhf  from nothing through five rounds of human feedback, V1 to V5
 # make test  the tests
 # make bench speed, side by side with Transformers and, after `make vllm`, with vLLM; 40 minutes
 # Each sets up .venv first. PYTHON names the interpreter, 3.11 or 3.12.
@@ -9,10 +10,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 BIN := .venv/bin
 SHELL := /bin/sh
 
-.PHONY: ppo test bench check setup vllm vllm-test
+.PHONY: ppo rlhf test bench check setup vllm vllm-test
 
 ppo: setup
 	$(BIN)/python jobs/quickstart.py $(ARGS)
+
+rlhf: setup
+	$(BIN)/python jobs/rlhf.py --preset tiny $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest $(ARGS)

@@ -1,6 +1,6 @@
 """The stages from nothing to PPO, in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -44,18 +44,34 @@ def missing(config: PPOConfig) -> list[str]:
     ]
     if not absent:
         return []
-    if config.preset != "tiny":
+    check_absent(config, absent, "policy, reward models and prompts")
+    return unfinished(config, STAGES[:-1])
+
+
+def unfinished(config: JobConfig, wanted: Sequence[str]) -> list[str]:
+    """Those of the wanted stages that have not finished."""
+    return [stage for stage in wanted if not _done(config, stage)]
+
+
+def check_absent(config: JobConfig, absent: Sequence[str], inputs: str) -> None:
+    """Raise `ValueError` where stages are absent of a preset too large to run them unasked;
+    `inputs` says what can be named instead."""
+    if absent and config.preset != "tiny":
         names = ", ".join(f"{config.preset}-{stage}" for stage in absent)
         raise ValueError(
             f"The runs {names} are not there or not finished in {config.runs}; run these stages, "
-            "or name policy, reward models and prompts."
+            f"or name {inputs}."
         )
-    return [stage for stage in STAGES[:-1] if not _done(config, stage)]
 
 
 def run_missing(config: PPOConfig) -> None:
     """Run what is missing, in this process's Ray session."""
-    for stage in missing(config):
+    run_stages(config, missing(config))
+
+
+def run_stages(config: JobConfig, wanted: Sequence[str]) -> None:
+    """Run these stages of the preset, in this process's Ray session."""
+    for stage in wanted:
         main, choose = _JOBS[stage]
         chosen = choose(preset(config.preset))
         main(
@@ -69,5 +85,5 @@ def run_missing(config: PPOConfig) -> None:
         )
 
 
-def _done(config: PPOConfig, stage: str) -> bool:
+def _done(config: JobConfig, stage: str) -> bool:
     return RunDirectory(config.runs, f"{config.preset}-{stage}").is_finished
