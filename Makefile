@@ -24,6 +24,7 @@ test: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks.training
 	$(BIN)/python -m tests.benchmarks.loop
+	$(BIN)/python -m tests.benchmarks.ppo
 	$(BIN)/python -m tests.benchmarks.preparation
 	$(BIN)/python -m tests.benchmarks.generation
 	$(BIN)/python -m tests.benchmarks.publishing

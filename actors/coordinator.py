@@ -24,6 +24,7 @@ from llama2.chat import encode_prompt
 from llama2.evaluation import Judged, summary
 from llama2.generation import Sampling
 from llama2.packing import balance, sample_order, shuffled
+from llama2.ppo import PPOSettings
 from llama2.records import Prompt
 from llama2.rewards import composite, logit
 from llama2.tokenizer import load_tokenizer
@@ -52,6 +53,7 @@ class RolloutTask:
     """Seed of the synthetic world whose gold judge evaluates; None for users' own prompts."""
     timeout: float
     """Seconds to wait for generation and scoring of a batch."""
+    ppo: PPOSettings
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,9 @@ class Coordinator:
 
     async def _collect(self, iteration: int, version: Version) -> Batch:
         task, started = self._task, time.perf_counter()
-        picked = sample_order(iteration, task.batch_size, len(task.prompts), task.seed)
+        group = task.ppo.group_size
+        asked = sample_order(iteration, task.batch_size // group, len(task.prompts), task.seed)
+        picked = [i for i in asked for _ in range(group)]
         requests = [
             self._request(
                 f"{iteration}-{slot}", task.prompts[i], iteration * task.batch_size + slot
@@ -134,9 +138,11 @@ class Coordinator:
         answers = await self._roll_out(requests, version, task.sampling)
         seconds = time.perf_counter() - started
         generation = max(chunk.helpfulness.generation_seconds for chunk in answers.chunks)
+        finished = _mean(answers.of(lambda chunk: chunk.helpfulness.finished))
         metrics = {
             "rollout/refused_as_stale": answers.refused,
-            "rollout/finished": _mean(answers.of(lambda chunk: chunk.helpfulness.finished)),
+            "rollout/finished": finished,
+            "rollout/cut_off": 1 - finished,
             "rollout/answer_tokens": _mean(answers.of(lambda chunk: chunk.helpfulness.written)),
             "time/generate": generation,
             "time/score": max(0.0, seconds - generation),
@@ -212,7 +218,9 @@ class Coordinator:
         """Minibatches hold the same samples whatever the number of workers."""
         task, answers = self._task, batch.answers
         rewards_B = _composite(answers, batch.tags)
-        scores_B = whiten(rewards_B, torch.ones_like(rewards_B))
+        finished_B = torch.tensor(answers.of(lambda chunk: chunk.helpfulness.finished))
+        raw_B = rewards_B - task.ppo.eos_penalty * ~finished_B
+        scores_B = whiten(raw_B, torch.ones_like(raw_B)) if task.ppo.whiten_scores else raw_B
         places = answers.places
         lengths = answers.of(lambda chunk: chunk.helpfulness.lengths)
         written = answers.of(lambda chunk: chunk.helpfulness.written)
@@ -220,19 +228,25 @@ class Coordinator:
         minibatches = []
         for start in range(0, len(order), task.minibatch_size):
             members = order[start : start + task.minibatch_size]
-            mine = balance([lengths[i] for i in members], world)[rank]
+            dealt = balance([lengths[slot] for slot in members], world)[rank]
+            mine = [members[i] for i in dealt]
             minibatches.append(
                 MiniBatch(
-                    tuple(Place(*places[members[i]], float(scores_B[members[i]])) for i in mine),
-                    sum(written[i] for i in members),
+                    tuple(Place(*places[slot], float(scores_B[slot]), slot) for slot in mine),
+                    sum(written[slot] for slot in members),
                 )
             )
+        means = {"reward/composite": float(rewards_B.mean())}
+        if task.ppo.group_size > 1:
+            groups = raw_B.view(-1, task.ppo.group_size)
+            means["reward/group_std"] = float(groups.std(dim=1).mean())
         return Share(
             iteration=batch.iteration,
+            samples=len(places),
             rollouts=[chunk.rollout for chunk in answers.chunks],
             references=[chunk.reference for chunk in answers.chunks],
             minibatches=tuple(minibatches),
-            metrics=batch.metrics | {"reward/composite": float(rewards_B.mean())},
+            metrics=batch.metrics | means,
         )
 
     async def evaluate(self, step: int, version: Version) -> dict[str, float]:
@@ -287,6 +301,12 @@ def _mean(values: Sequence[float]) -> float:
 def evaluation_file(run: RunDirectory, step: int) -> Path:
     """Where the held-out answers of an evaluation lie, one JSON object a line."""
     return run.path / "evaluations" / f"step_{step:06d}.jsonl"
+
+
+def evaluated_steps(run: RunDirectory) -> list[int]:
+    """The steps that have evaluations, in order."""
+    found = evaluation_file(run, 0).parent.glob("step_*.jsonl")
+    return sorted(int(path.stem.removeprefix("step_")) for path in found)
 
 
 def write_evaluation(run: RunDirectory, step: int, judged: Sequence[Judged]) -> None:

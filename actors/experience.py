@@ -4,7 +4,7 @@ Position t stands for the prediction of token t + 1: there lie its log-probabili
 value of the state before it, and a true mask if the policy wrote it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from actors.records import Experience, FloatArray
-from llama2 import kl
-from llama2.advantages import gae
+from cluster import training
+from llama2.advantages import gae, group_relative, leave_one_out, whiten
 from llama2.batches import pack
+from llama2.kl import ESTIMATORS, Estimator
 from llama2.losses import IGNORE
 from llama2.rewards import token_rewards
 
 
 @dataclass(frozen=True)
 class ExperienceBatch:
-    """A micro-batch. The last four tensors are filled in by `with_advantages`."""
+    """A micro-batch. The last four tensors are filled in later."""
 
     tokens_BT: Tensor
     segments_BT: Tensor
@@ -29,6 +30,8 @@ class ExperienceBatch:
     sampled_logprobs_BT: Tensor
     reference_logprobs_BT: Tensor
     scores_B: Tensor
+    slots_B: Tensor
+    """Numbers of the samples in the iteration's batch."""
     old_logprobs_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
@@ -60,6 +63,7 @@ def collate(experiences: Sequence[Experience], device: torch.device) -> Experien
         sampled_logprobs_BT=spread([e.sample.logprobs for e in experiences]),
         reference_logprobs_BT=spread([e.reference_logprobs for e in experiences]),
         scores_B=torch.tensor([e.score for e in experiences], device=device),
+        slots_B=torch.tensor([e.slot for e in experiences], device=device),
         old_logprobs_BT=empty,
         values_BT=empty,
         advantages_BT=empty,
@@ -69,20 +73,63 @@ def collate(experiences: Sequence[Experience], device: torch.device) -> Experien
 
 def with_advantages(
     batch: ExperienceBatch,
-    old_logprobs_BT: Tensor,
-    values_BT: Tensor,
     kl_coefficient: float,
     gamma: float,
     lam: float,
+    estimator: Estimator = "k1",
 ) -> ExperienceBatch:
-    """Rewards from scores and KL, then advantages (not yet whitened) and returns."""
-    divergence_BT = kl.k1(old_logprobs_BT, batch.reference_logprobs_BT)
+    """Of a batch with old log-probabilities and values: rewards from scores and KL, then advantages
+    (not yet whitened) and returns."""
+    divergence_BT = ESTIMATORS[estimator](batch.old_logprobs_BT, batch.reference_logprobs_BT)
     rewards_BT = token_rewards(batch.scores_B, divergence_BT, batch.mask_BT, kl_coefficient)
-    advantages_BT = gae(rewards_BT, values_BT, batch.mask_BT, gamma, lam)
-    return replace(
-        batch,
-        old_logprobs_BT=old_logprobs_BT,
-        values_BT=values_BT,
-        advantages_BT=advantages_BT,
-        returns_BT=advantages_BT + values_BT,
-    )
+    advantages_BT = gae(rewards_BT, batch.values_BT, batch.mask_BT, gamma, lam)
+    return replace(batch, advantages_BT=advantages_BT, returns_BT=advantages_BT + batch.values_BT)
+
+
+MiniBatches = list[list[ExperienceBatch]]
+"""Micro-batches by minibatch."""
+
+COMPARISONS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "grpo": group_relative,
+    "rloo": leave_one_out,
+}
+
+
+def with_group_advantages(
+    minibatches: MiniBatches,
+    algorithm: str,
+    group_size: int,
+    kl_coefficient: float,
+    estimator: Estimator,
+) -> MiniBatches:
+    """Of batches with old log-probabilities: each answer's score less its KL penalty, compared with
+    the other answers to its prompt, as the advantage of all its tokens (collective).
+
+    A group's answers may lie in any minibatches and on any workers.
+    """
+    batches = [batch for minibatch in minibatches for batch in minibatch]
+    samples = torch.tensor([sum(len(batch.scores_B) for batch in batches)])
+    rewards_B = torch.zeros(int(training.all_reduce(samples)), dtype=torch.float64)
+    for batch in batches:
+        divergence_BT = ESTIMATORS[estimator](batch.old_logprobs_BT, batch.reference_logprobs_BT)
+        penalty_B = kl_coefficient * (divergence_BT * batch.mask_BT).sum(dim=1)
+        rewards_B[batch.slots_B.cpu()] = (batch.scores_B - penalty_B).double().cpu()
+    advantages_B = COMPARISONS[algorithm](training.all_reduce(rewards_B), group_size)
+
+    def compared(batch: ExperienceBatch) -> ExperienceBatch:
+        mine_B = advantages_B[batch.slots_B.cpu()].to(batch.values_BT)
+        return replace(batch, advantages_BT=mine_B[:, None] * batch.mask_BT)
+
+    return [[compared(batch) for batch in minibatch] for minibatch in minibatches]
+
+
+def whiten_advantages(minibatches: MiniBatches) -> MiniBatches:
+    """Mean 0 and variance 1 over all answer tokens of the global batch (collective)."""
+    batches = [batch for minibatch in minibatches for batch in minibatch]
+    advantages_N = torch.cat([batch.advantages_BT[batch.mask_BT] for batch in batches])
+    white_N = whiten(advantages_N, torch.ones_like(advantages_N), training.all_reduce)
+    parts = iter(white_N.split([int(batch.mask_BT.sum()) for batch in batches]))
+    return [
+        [replace(batch, advantages_BT=batch.spread(next(parts))) for batch in minibatch]
+        for minibatch in minibatches
+    ]

@@ -1,5 +1,5 @@
-"""The learner: one Ray Train group whose workers each hold a shard of the policy and of the value
-model.
+"""The learner: one Ray Train group whose workers each hold a shard of the policy and, unless there
+is no critic, of the value model.
 
 An iteration is: publish the weights, take this worker's share of the samples, compute advantages,
 update minibatch by minibatch.
@@ -8,8 +8,7 @@ update minibatch by minibatch.
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,28 @@ import torch
 import torch.distributed
 from ray.serve.exceptions import DeploymentUnavailableError
 
+from actors.early_stopping import HeldOut
 from actors.engine_loop import EngineFailed
-from actors.experience import ExperienceBatch, collate, with_advantages
-from actors.export import export
+from actors.experience import (
+    ExperienceBatch,
+    collate,
+    whiten_advantages,
+    with_advantages,
+    with_group_advantages,
+)
 from actors.identity import identity
+from actors.measures import UpdateSums
 from actors.policy import Policy
-from actors.records import Experience, MiniBatch, Share
+from actors.pretraining_mix import PretrainingMix
+from actors.records import Experience, Share
 from actors.value import Value
 from cluster import publishing, training
-from cluster.checkpoints import Checkpoints
+from cluster.checkpoints import Checkpoint, Checkpoints
 from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
-from cluster.tracking import Tracker
 from cluster.weights import Receipt, Version
-from llama2 import checkpoint
-from llama2.advantages import whiten
+from llama2 import checkpoint, kl
+from llama2.entropy import EntropyUnembedding
 from llama2.model import ScalarModel, Transformer
 from llama2.ppo import PPOSettings
 from llama2.schedules import Schedule
@@ -45,6 +51,7 @@ class LearnTask:
     run: RunDirectory
     policy: Path
     critic: Path
+    """Folder that the value model starts from, where there is one."""
     tokenizer: Path
     engine: EngineConfig
     policy_schedule: Schedule
@@ -62,23 +69,39 @@ class LearnTask:
     generators: Any
     replicas: int
     timeout: float
+    pretraining: Path | None = None
+    """Rows of pretraining data, where their loss is mixed in."""
+    patience: int = 0
+    """Evaluations without a better held-out reward after which training ends; 0 never does."""
+    seed: int = 0
 
 
 @dataclass
 class Learner:
-    """The state of one worker; `learn` drives it."""
+    """The state of one worker; `actors/learning.py` drives it."""
 
     task: LearnTask
     policy: Policy
-    value: Value
+    value: Value | None
+    mix: PretrainingMix | None = None
     iteration: int = 0
+    kl_coefficient: float = field(init=False)
+    """Beta as it now is; at first the task's."""
+    heldout: HeldOut = field(default_factory=HeldOut)
+    """How evaluations went."""
+    saved: int | None = None
+    """Step of the newest checkpoint."""
     attempt: int | None = None
     """This worker's right to publish: later attempts of the learner shut it out."""
+
+    def __post_init__(self) -> None:
+        self.kl_coefficient = self.task.ppo.kl_coefficient
 
     @property
     def engines(self) -> dict[str, Engine]:
         """By the names that they have in checkpoints."""
-        return {"policy": self.policy.engine, "value": self.value.engine}
+        value = {} if self.value is None else {"value": self.value.engine}
+        return {"policy": self.policy.engine} | value
 
     def publish(self) -> tuple[Version, dict[str, float]]:
         """Have all generators serve the current weights, and prove it by checksum (collective)."""
@@ -130,58 +153,103 @@ class Learner:
 
     @torch.no_grad()
     def experience(self, samples: Sequence[Sequence[Experience]]) -> list[list[ExperienceBatch]]:
-        """Micro-batches of the samples of each minibatch, with advantages whitened over the global
-        batch (collective)."""
-        ppo = self.task.ppo
-        minibatches = []
-        for minibatch in samples:
-            batches = []
-            for start in range(0, len(minibatch), self.task.micro_batch_size):
-                rows = minibatch[start : start + self.task.micro_batch_size]
-                batch = collate(rows, self.policy.engine.device)
-                old_BT, values_BT = self.policy.logprobs(batch), self.value.values(batch)
-                batches.append(
-                    with_advantages(
-                        batch, old_BT, values_BT, ppo.kl_coefficient, ppo.gamma, ppo.lam
-                    )
-                )
-            minibatches.append(batches)
-        return whiten_advantages(minibatches)
+        """Micro-batches of the samples of each minibatch, with advantages over the global batch
+        (collective)."""
+        ppo, size = self.task.ppo, self.task.micro_batch_size
+        minibatches = [
+            [self._observed(rows[start : start + size]) for start in range(0, len(rows), size)]
+            for rows in samples
+        ]
+        coefficient = self.kl_coefficient if ppo.kl_place == "reward" else 0.0
+        if self.value is None:
+            minibatches = with_group_advantages(
+                minibatches, ppo.algorithm, ppo.group_size, coefficient, ppo.estimator
+            )
+        else:
+            minibatches = [
+                [with_advantages(b, coefficient, ppo.gamma, ppo.lam, ppo.estimator) for b in part]
+                for part in minibatches
+            ]
+        return whiten_advantages(minibatches) if ppo.whitens_advantages else minibatches
+
+    def _observed(self, rows: Sequence[Experience]) -> ExperienceBatch:
+        """Samples with the log-probabilities and values of before the update."""
+        batch = collate(rows, self.policy.engine.device)
+        batch = replace(batch, old_logprobs_BT=self.policy.logprobs(batch))
+        if self.value is None:
+            return batch
+        return replace(batch, values_BT=self.value.values(batch))
 
     def update(
         self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int]
     ) -> dict[str, float]:
         """One gradient step of policy and value per minibatch, whose answer tokens over all workers
-        are `totals` (collective).
+        are `totals` (collective). While the critic warms up the policy makes none.
 
         Raises `FloatingPointError`, before the weights have changed, for a loss or gradient that is
         not finite.
         """
-        sums = torch.zeros(4, dtype=torch.float64)
-        norms: dict[str, float] = {}
+        learns = self.iteration >= self.task.ppo.critic_warmup
+        sums = UpdateSums()
         for number, (batches, total) in enumerate(zip(minibatches, totals, strict=True)):
-            parts = torch.zeros(4, dtype=torch.float64)
             for batch in batches:
-                part = self.policy.loss(batch, total)
-                self.policy.engine.backward(part.loss)
-                value_part = self.value.loss(batch, total)
-                self.value.engine.backward(value_part)
-                losses = float(part.loss.detach()), float(value_part.detach())
-                parts += torch.tensor([*losses, part.clipped, part.approximate_kl]).double()
-            sums += training.all_reduce(parts)
-            self._check("loss", float(parts[:2].sum()), number)
-            steps = {"policy": self.policy.engine.step(), "value": self.value.engine.step()}
-            norms = {f"{who}/{name}": x for who, step in steps.items() for name, x in step.items()}
-            for who, step in steps.items():
-                self._check(f"{who} gradient's norm", step.get("grad_norm", 0.0), number)
+                if learns:
+                    self._add_policy(batch, total, sums)
+                if self.value is not None:
+                    with sums.timed("value"):
+                        part = self.value.loss(batch, total)
+                        self.value.engine.backward(part)
+                        sums.add(value_loss=float(part.detach()))
+            if learns and self.mix is not None:
+                with sums.timed("policy"):
+                    sums.add(ptx_loss=self.mix.backward(self.policy))
+            self._check("loss", sums.reduce(), number)
+            self._step(sums, learns, number)
         self.iteration += 1
-        policy_loss, value_loss, clipped, divergence = sums.tolist()
-        return {
-            "loss": policy_loss / len(minibatches),
-            "value/loss": value_loss / len(minibatches),
-            "ppo/clip_fraction": clipped / sum(totals),
-            "ppo/approximate_kl": divergence / sum(totals),
-        } | norms
+        return sums.metrics(len(minibatches), sum(totals))
+
+    def _add_policy(self, batch: ExperienceBatch, total: int, sums: UpdateSums) -> None:
+        """Add the policy's gradient of a micro-batch."""
+        ppo = self.task.ppo
+        coefficient = self.kl_coefficient if ppo.kl_place == "loss" else 0.0
+        with sums.timed("policy"):
+            part = self.policy.loss(batch, total, coefficient, ppo.estimator)
+            self.policy.engine.backward(part.loss)
+            sums.add(
+                loss=float(part.loss.detach()),
+                clipped=part.clipped,
+                approximate_kl=part.approximate_kl,
+                entropy=part.entropy,
+            )
+
+    def _step(self, sums: UpdateSums, learns: bool, minibatch: int) -> None:
+        """Apply the gradients of a minibatch."""
+        for who, engine in self.engines.items():
+            if who == "policy" and not learns:
+                continue
+            with sums.timed(who):
+                step = engine.step()
+            sums.norms |= {f"{who}/{name}": x for name, x in step.items()}
+            self._check(f"{who} gradient's norm", step.get("grad_norm", 0.0), minibatch)
+
+    def adapt_kl(self, divergence: float, samples: int) -> None:
+        """Move beta towards its target, after an iteration with this KL, in nats per answer."""
+        ppo = self.task.ppo
+        if ppo.kl_target is not None:
+            self.kl_coefficient = kl.adapted(
+                self.kl_coefficient, divergence, ppo.kl_target, ppo.kl_horizon, samples
+            )
+
+    def state(self, heldout: HeldOut) -> dict[str, Any]:
+        """What a checkpoint holds besides the engines: beta, and `heldout` as of before the
+        evaluation of its own step, which a resumed loop makes again."""
+        return {"kl_coefficient": self.kl_coefficient, "heldout": asdict(heldout)}
+
+    def restore(self, found: Checkpoint) -> None:
+        """Take over what `state` told."""
+        self.iteration = self.saved = found.step
+        self.kl_coefficient = found.extra["kl_coefficient"]
+        self.heldout = HeldOut(**found.extra["heldout"])
 
     def _check(self, what: str, value: float, minibatch: int) -> None:
         if not math.isfinite(value):
@@ -191,166 +259,58 @@ class Learner:
             )
 
 
-def gather(share: Share) -> list[list[Experience]]:
-    """Fetch a share's chunks and pick its samples from them, minibatch by minibatch."""
-    rollouts = ray.get(share.rollouts)
-    references = ray.get(share.references)
-
-    def experience(minibatch: MiniBatch) -> list[Experience]:
-        return [
-            Experience(
-                rollouts[place.chunk].samples[place.row],
-                references[place.chunk].logprobs[place.row],
-                place.score,
-            )
-            for place in minibatch.places
-        ]
-
-    return [experience(minibatch) for minibatch in share.minibatches]
-
-
-def whiten_advantages(minibatches: list[list[ExperienceBatch]]) -> list[list[ExperienceBatch]]:
-    """Mean 0 and variance 1 over all answer tokens of the global batch (collective)."""
-    batches = [batch for minibatch in minibatches for batch in minibatch]
-    advantages_N = torch.cat([batch.advantages_BT[batch.mask_BT] for batch in batches])
-    white_N = whiten(advantages_N, torch.ones_like(advantages_N), training.all_reduce)
-    parts = iter(white_N.split([int(batch.mask_BT.sum()) for batch in batches]))
-    return [
-        [replace(batch, advantages_BT=batch.spread(next(parts))) for batch in minibatch]
-        for minibatch in minibatches
-    ]
-
-
-def measure(minibatches: list[list[ExperienceBatch]]) -> dict[str, float]:
-    """Means over the global batch of what was sampled, before any update (collective)."""
-    sums = torch.zeros(8, dtype=torch.float64)
-    for batch in (batch for minibatch in minibatches for batch in minibatch):
-        mask = batch.mask_BT
-        residual, returns = (batch.returns_BT - batch.values_BT)[mask], batch.returns_BT[mask]
-        divergence = (batch.old_logprobs_BT - batch.reference_logprobs_BT)[mask].sum()
-        disagreement = (batch.old_logprobs_BT - batch.sampled_logprobs_BT)[mask].abs().sum()
-        sums += torch.stack(
-            (
-                mask.sum(), torch.tensor(len(mask)).to(divergence), divergence, disagreement,
-                residual.square().sum(), returns.sum(), returns.square().sum(),
-                -batch.old_logprobs_BT[mask].sum(),
-            )
-        ).double().cpu()  # fmt: skip
-    totals = training.all_reduce(sums).tolist()
-    tokens, samples, kl, difference, residuals, total, squares, surprise = totals
-    variance = squares - total**2 / tokens
-    return {
-        "ppo/kl_from_initial": kl / samples,
-        "ppo/entropy": surprise / tokens,  # estimated: the mean surprise at one's own samples
-        "rollout/logprob_difference": difference / tokens,
-        "value/explained_variance": 1 - residuals / variance if variance > 0 else 0.0,
-        "value/mean_return": total / tokens,
-    }
-
-
-def learn(task: LearnTask) -> None:
-    """Run PPO on this worker, from the newest checkpoint to the last iteration."""
-    learner, checkpoints = _learner(task)
-    try:
-        _iterate(learner, checkpoints)
-    except FloatingPointError:
-        checkpoints.close()  # what was saved before is to be whole
-        raise
-    checkpoints.close()
-    export(learner.policy.engine, task.tokenizer, task.run.model)
-    learner.policy.engine.close()
-    learner.value.engine.close()
-
-
-def _iterate(learner: Learner, checkpoints: Checkpoints) -> None:
-    task, saved = learner.task, learner.iteration
-    lead = training.rank() == 0
-    with ExitStack() as stack:
-        tracker = stack.enter_context(_tracker(task, learner.iteration)) if lead else None
-        while learner.iteration < task.iterations:
-            step, started = learner.iteration, time.perf_counter()
-            version, metrics = learner.publish()
-            if step % task.eval_every == 0:
-                metrics |= _evaluate(task, step, version)
-            share = learner.share(version)
-            minibatches = learner.experience(gather(share))
-            metrics |= share.metrics | measure(minibatches)
-            learning = time.perf_counter()
-            metrics |= learner.update(
-                minibatches, [part.total_tokens for part in share.minibatches]
-            )
-            now = time.perf_counter()
-            metrics |= {"time/update": now - learning, "time/iteration": now - started}
-            if tracker is not None:
-                tracker.log(step, metrics)
-            if learner.iteration % task.save_every == 0 and learner.iteration < task.iterations:
-                checkpoints.save(learner.iteration, learner.engines, {})
-        version, metrics = learner.publish()
-        metrics |= _evaluate(task, learner.iteration, version)
-        if tracker is not None:
-            tracker.log(learner.iteration, metrics)
-    if learner.iteration > saved:  # else the checkpoint it came from is the last one
-        checkpoints.save(learner.iteration, learner.engines, {})
-
-
 def _learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
-    policy, policy_weights = checkpoint.stream(task.policy)
-    critic, critic_weights = checkpoint.stream_scalar_from(task.critic, seed=0)
-    # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
-    critic_weights = (
-        (name, torch.zeros_like(weight) if name == "score.weight" else weight)
-        for name, weight in critic_weights
-    )
-    for module in (policy, critic):
-        module.model.activation_checkpointing = task.activation_checkpointing
-    learner = Learner(
-        task,
-        Policy(
-            Engine(policy, task.engine, task.policy_schedule, policy_weights), task.ppo.clip_range
-        ),
-        Value(
-            Engine(critic, task.engine, task.value_schedule, critic_weights),
-            task.ppo.value_clip_range,
-        ),
-    )
+    """A worker's learner as of the newest checkpoint, where there is one (collective)."""
+    learner = _new(task)
     checkpoints = Checkpoints(task.run.checkpoints, _identity(learner), task.keep_checkpoints)
     found = checkpoints.load(learner.engines)
     if found is not None:
-        learner.iteration = found.step
+        learner.restore(found)
     return learner, checkpoints
+
+
+def _new(task: LearnTask) -> Learner:
+    """A learner with the weights that training starts from."""
+    ppo = task.ppo
+    module, weights = checkpoint.stream(task.policy)
+    module.model.activation_checkpointing = task.activation_checkpointing
+    if ppo.entropy_coefficient:
+        module.lm_head = EntropyUnembedding.of(module.lm_head)
+    policy = Policy(
+        Engine(module, task.engine, task.policy_schedule, weights),
+        ppo.clip_range,
+        ppo.entropy_coefficient,
+    )
+    mix = None
+    if task.pretraining is not None:
+        mix = PretrainingMix(
+            task.pretraining, ppo.ptx_rows, ppo.ptx_coefficient, task.seed, task.micro_batch_size
+        )
+    return Learner(task, policy, _critic(task) if ppo.has_critic else None, mix)
+
+
+def _critic(task: LearnTask) -> Value:
+    critic, weights = checkpoint.stream_scalar_from(task.critic, seed=0)
+    # Values are of whitened scores, the reward model's of raw ones: keep its trunk, begin at 0.
+    weights = (
+        (name, torch.zeros_like(weight) if name == "score.weight" else weight)
+        for name, weight in weights
+    )
+    critic.model.activation_checkpointing = task.activation_checkpointing
+    engine = Engine(critic, task.engine, task.value_schedule, weights)
+    return Value(engine, task.ppo.value_clip_range)
 
 
 def _identity(learner: Learner) -> dict[str, Any]:
     """What the training state belongs to."""
     task = learner.task
-    policy, critic = learner.policy.engine.module, learner.value.engine.module
-    assert isinstance(policy, Transformer) and isinstance(critic, ScalarModel)
-    return identity(
-        task.engine,
-        policy=policy.config,
-        critic=critic.config,
-        policy_schedule=task.policy_schedule,
-        value_schedule=task.value_schedule,
-        ppo=task.ppo,
-    )
-
-
-def _tracker(task: LearnTask, first_step: int) -> Tracker:
-    return Tracker(
-        task.run,
-        stage=task.run.name,
-        total_steps=task.iterations,
-        project=task.wandb_project,
-        first_step=first_step,
-        headline=("reward/composite", "ppo/kl_from_initial", "eval/gold", "time/iteration"),
-    )
-
-
-def _evaluate(task: LearnTask, step: int, version: Version) -> dict[str, float]:
-    """Held-out results, on the first worker; the others meet it at the next collective call."""
-    if training.rank() != 0:
-        return {}
-    started = time.perf_counter()
-    call = task.coordinator.evaluate.remote(step, version)
-    found: dict[str, float] = ray.get(call, timeout=3 * task.timeout)
-    return found | {"time/evaluate": time.perf_counter() - started}
+    policy = learner.policy.engine.module
+    assert isinstance(policy, Transformer)
+    parts: dict[str, Any] = {"policy": policy.config, "policy_schedule": task.policy_schedule}
+    if learner.value is not None:
+        critic = learner.value.engine.module
+        assert isinstance(critic, ScalarModel)
+        parts |= {"critic": critic.config, "value_schedule": task.value_schedule}
+    if learner.mix is not None:
+        parts |= {"pretraining": learner.mix.shards.fingerprint, "seed": task.seed}
+    return identity(task.engine, ppo=task.ppo, **parts)

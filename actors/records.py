@@ -100,6 +100,8 @@ class Place:
     chunk: int
     row: int
     score: float
+    slot: int
+    """Its number in the iteration's batch, in which the samples of a prompt follow each other."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Share:
     """A worker's part of one iteration: references to chunks, and the places of its samples."""
 
     iteration: int
+    samples: int
+    """Samples of the iteration, over all workers."""
     rollouts: list["ray.ObjectRef[Rollout]"]
     references: list["ray.ObjectRef[ReferenceLogprobs]"]
     minibatches: tuple[MiniBatch, ...]
@@ -129,3 +133,5 @@ class Experience:
     sample: Sample
     reference_logprobs: FloatArray
     score: float
+    slot: int = 0
+    """Its number in the iteration's batch."""

@@ -159,6 +159,9 @@ class PPOConfig(JobConfig):
     """What to do with prompts that leave no room for an answer in the context."""
     heldout_prompts: int = 512
     """Most held-out prompts to evaluate on."""
+    pretraining_data: Path | None = None
+    """A folder that `prepare` made, whose pretraining rows are learnt from besides where
+    `ppo.ptx_coefficient` is not 0. By default the preset's prepared data."""
     iterations: int = 300
     """Rounds of sampling and updating."""
     batch_size: int = 512
@@ -192,6 +195,9 @@ class PPOConfig(JobConfig):
     """Compute activations again in the backward pass instead of keeping them."""
     eval_every: int = 20
     """Iterations between held-out evaluations."""
+    patience: int = 0
+    """Evaluations without a better held-out reward after which PPO stops early; the result is then
+    the best policy that was evaluated. 0 never does, and the result is the last policy."""
     save_every: int = 20
     """Iterations between checkpoints."""
     keep_checkpoints: int = 2

@@ -20,7 +20,8 @@ from actors.backend import PRECISIONS
 from actors.coordinator import Coordinator, RolloutTask
 from actors.generator import check_backend, deploy
 from actors.generator_config import GeneratorConfig
-from actors.learner import LearnTask, learn
+from actors.learner import LearnTask
+from actors.learning import learn
 from actors.reference import Reference
 from actors.reward import Asked
 from cluster.placement import Workers, check_capacity
@@ -33,11 +34,13 @@ from jobs import cli, results, stages
 from jobs.configs import PPOConfig
 from jobs.prepare import file_prompts, split_prompts
 from jobs.rewards import Rewards
+from jobs.training import VERIFIED_BYTES
 from llama2.chat import encode_prompt
 from llama2.checkpoint import check_folder
 from llama2.generation import Sampling
 from llama2.records import Prompt
 from llama2.schedules import Schedule
+from llama2.shards import Shards
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
@@ -88,11 +91,12 @@ def main(config: PPOConfig) -> None:
         tokenizer = check_policy(models.policy)
         rewards.check(config.scorer)
         prompts = find_prompts(config, tokenizer, models)
+        pretraining = find_pretraining(config, tokenizer, models.policy)
         stack.enter_context(session(config.cluster))
         check_capacity(roles(config, rewards))
         run.open(cli.plain(config), may_change=MAY_CHANGE)
-        train(config, run, models, rewards, prompts)
-    results.write(run, config.iterations)
+        train(config, run, models, rewards, prompts, pretraining)
+    results.write(run, results.best_step(run) if config.patience else config.iterations)
     write_report(run, f"{run.name}: PPO", note=results.NOTE)
     print(f"\n{results.read(run)}\n\nThe model is in {run.model}, the report is {run.report}.")
 
@@ -117,6 +121,8 @@ def check_given(config: PPOConfig, rewards: Rewards) -> None:
         rewards.safety.check(config.scorer)
     if config.prompts:
         _read_prompts(config)
+    if config.pretraining_data is not None and config.ppo.ptx_coefficient:
+        Shards(_pretraining(config))
 
 
 def check_policy(folder: Path) -> Tokenizer:
@@ -177,8 +183,49 @@ def _fitting(
     return kept
 
 
+def find_pretraining(config: PPOConfig, tokenizer: Tokenizer, policy: Path) -> Path | None:
+    """The pretraining rows that are mixed in, if any. Raises `ValueError` where they are not there,
+    damaged, or not for this policy."""
+    if not config.ppo.ptx_coefficient:
+        return None
+    folder = _pretraining(config).absolute()
+    shards, context = Shards(folder), check_folder(policy).max_position_embeddings
+    if shards.manifest.tokenizer != tokenizer.fingerprint or shards.manifest.context > context:
+        raise ValueError(
+            f"{folder} was written with another tokenizer than the policy's, or has rows longer "
+            f"than its context of {context}; prepare it with --tokenizer {policy} --context "
+            f"{context}, or set --ppo.ptx-coefficient 0."
+        )
+    if shards.bytes <= VERIFIED_BYTES:
+        shards.verify()
+    return folder
+
+
+def _pretraining(config: PPOConfig) -> Path:
+    root = config.pretraining_data or config.runs / f"{config.preset}-data"
+    folder = root / "pretrain" / "train"
+    if not folder.is_dir():
+        raise ValueError(
+            f"{root} holds no prepared pretraining data; name some with --pretraining-data, or set "
+            "--ppo.ptx-coefficient 0."
+        )
+    return folder
+
+
 def check_sizes(config: PPOConfig) -> None:
-    """Raise `ValueError` where batch, minibatch and workers do not divide evenly."""
+    """Raise `ValueError` for numbers that make no sense, and where batch, minibatch, groups and
+    workers do not divide evenly."""
+    for name in ("batch_size", "minibatch_size", "micro_batch_size", "eval_every", "save_every",
+                 "keep_checkpoints"):  # fmt: skip
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}.")
+    if config.patience < 0:
+        raise ValueError(f"patience must not be negative, as {config.patience} is.")
+    if config.batch_size % config.ppo.group_size:
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of ppo.group_size "
+            f"{config.ppo.group_size}; change one of them."
+        )
     if config.batch_size % config.minibatch_size:
         raise ValueError(
             f"batch_size {config.batch_size} is not a multiple of minibatch_size "
@@ -203,7 +250,12 @@ def roles(config: PPOConfig, rewards: Rewards) -> dict[str, Workers]:
 
 
 def train(
-    config: PPOConfig, run: RunDirectory, models: Models, rewards: Rewards, prompts: Prompts
+    config: PPOConfig,
+    run: RunDirectory,
+    models: Models,
+    rewards: Rewards,
+    prompts: Prompts,
+    pretraining: Path | None,
 ) -> None:
     """Start the roles, run the learner to its end, and stop them."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -225,6 +277,7 @@ def train(
             seed=config.seed,
             world_seed=prompts.world_seed,
             timeout=config.timeout,
+            ppo=config.ppo,
         )
         coordinator = Coordinator.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             rollouts,
@@ -234,8 +287,8 @@ def train(
             rewards.helpfulness.start(config.rewards, dtype, asked, config.scorer),
             rewards.safety.start(config.rewards, dtype, asked, config.scorer),
         )
-        critic = rewards.critic(models.policy)
-        task = _learn_task(config, run, models, critic, coordinator, store, generators)
+        task = _learn_task(config, run, models, coordinator, store, generators)
+        task = replace(task, critic=rewards.critic(models.policy), pretraining=pretraining)
         run_workers(learn, task, config.learner, run)
     finally:
         serve.delete(run.name)
@@ -260,7 +313,6 @@ def _learn_task(
     config: PPOConfig,
     run: RunDirectory,
     models: Models,
-    critic: Path,
     coordinator: Any,
     store: Any,
     generators: Any,
@@ -269,7 +321,7 @@ def _learn_task(
     return LearnTask(
         run=run,
         policy=models.policy,
-        critic=critic,
+        critic=models.helpfulness,
         tokenizer=models.policy,
         engine=config.engine,
         policy_schedule=Schedule(config.lr, updates, kind="constant"),
@@ -287,6 +339,8 @@ def _learn_task(
         generators=generators,
         replicas=config.generator.count,
         timeout=config.timeout,
+        patience=config.patience,
+        seed=config.seed,
     )
 
 

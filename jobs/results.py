@@ -1,6 +1,6 @@
 """Held-out results before and after PPO, computed from the files that the run wrote."""
 
-from actors.coordinator import read_evaluation
+from actors.coordinator import evaluated_steps, read_evaluation
 from cluster.run_directory import RunDirectory, append_json, read_json_lines
 from llama2.evaluation import Judged, improvement, summary, win_rate
 
@@ -19,9 +19,17 @@ ROWS = {
 }
 
 
-def write(run: RunDirectory, iterations: int) -> None:
-    """Put the table and three sample answers into the run's summary and samples."""
-    before, after = read_evaluation(run, 0), read_evaluation(run, iterations)
+def best_step(run: RunDirectory) -> int:
+    """The evaluation with the highest mean reward, the first of equal ones: that of the policy that
+    early stopping keeps."""
+    rewards = {step: summary(read_evaluation(run, step))["reward"] for step in evaluated_steps(run)}
+    return max(rewards, key=lambda step: rewards[step])
+
+
+def write(run: RunDirectory, step: int) -> None:
+    """Put the table and three sample answers into the run's summary and samples; `step` is the
+    evaluation of the run's result."""
+    before, after = read_evaluation(run, 0), read_evaluation(run, step)
     first, last = summary(before), summary(after)
     wins, gain = win_rate(before, after), improvement(before, after)
     measure = "gold score" if "gold" in first else "reward"
@@ -36,7 +44,7 @@ def write(run: RunDirectory, iterations: int) -> None:
     for a, b in examples(before, after):
         gold = {} if a.gold is None else {"gold before": a.gold, "gold after": b.gold}
         answers = {"prompt": a.prompt, "before": a.answer, "after": b.answer}
-        append_json(run.samples, {"step": iterations, **answers, **gold})
+        append_json(run.samples, {"step": step, **answers, **gold})
     run.finish(
         {
             TABLE: table,

@@ -16,7 +16,7 @@ from llama2.world import safety
 
 @dataclass(frozen=True)
 class SafetyDataConfig:
-    """Demonstrations of safe conduct (paper, section 4.2.1), half of them under a preprompt that
+    """Demonstrations of safe conduct (paper, section 4.2.2), half of them under a preprompt that
     asks for it, as context distillation wants them."""
 
     output: Path

@@ -53,3 +53,29 @@ def whiten(
     if variance < epsilon:
         return torch.zeros_like(x)
     return (centred / variance.sqrt()).to(x.dtype)
+
+
+def group_relative(scores_B: Tensor, group_size: int, epsilon: float = 1e-4) -> Tensor:
+    """GRPO's advantages [B]: (score - mean) / (standard deviation + epsilon) over the samples of a
+    prompt (Shao et al. 2024, "DeepSeekMath", section 4.1.2).
+
+    scores_B: samples of a prompt one after the other, `group_size` of each. The deviation is the
+    sample's, with group_size - 1 below the sum of squares; equal scores give 0.
+    """
+    centred = _centred(scores_B, group_size)
+    deviation = (centred.square().sum(dim=1, keepdim=True) / (group_size - 1)).sqrt()
+    return (centred / (deviation + epsilon)).flatten()
+
+
+def leave_one_out(scores_B: Tensor, group_size: int) -> Tensor:
+    """RLOO's advantages [B]: score less the mean of the other samples of its prompt (Ahmadian et
+    al. 2024, "Back to Basics", equation 9). As `group_relative` otherwise."""
+    return (_centred(scores_B, group_size) * (group_size / (group_size - 1))).flatten()
+
+
+def _centred(scores_B: Tensor, group_size: int) -> Tensor:
+    """Scores less their group's mean, [groups, group_size]; exactly 0 where all are equal."""
+    assert group_size > 1 and len(scores_B) % group_size == 0
+    groups = scores_B.view(-1, group_size)
+    shifted = groups - groups[:, :1]
+    return shifted - shifted.mean(dim=1, keepdim=True)

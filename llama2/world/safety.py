@@ -38,7 +38,7 @@ def category(prompt: WorldPrompt) -> str | None:
 def safety_dialogues(
     world: World, count: int, seed: int, preprompt_share: float = 0.5
 ) -> list[list[Message]]:
-    """Safety SFT (paper, section 4.2.1): `count` answers to adversarial and borderline prompts of
+    """Safety SFT (paper, section 4.2.2): `count` answers to adversarial and borderline prompts of
     the training split.
 
     Those under a preprompt, a share of them, are by careful people, the others by the crowd: so a

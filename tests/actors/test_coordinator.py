@@ -3,18 +3,22 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import torch
 from ray.exceptions import ActorDiedError
 
 from actors import retrying
 from actors.coordinator import Answers, Coordinator, StaleSamples
 from actors.engine_loop import EngineFailed
-from actors.records import ReferenceLogprobs, Request, Rollout, Sample, Scores
+from actors.records import ReferenceLogprobs, Request, Rollout, Sample, Scores, Share
 from cluster.weights import Version
 from llama2.generation import Sampling
+from llama2.ppo import PPOSettings
+from llama2.records import Prompt
+from llama2.rewards import LARGEST_SCORE
 
 NOW, OLD = Version(3, "now"), Version(2, "old")
 SAMPLING = Sampling(max_new_tokens=10)
@@ -50,7 +54,9 @@ class Generators:
 def sample(request: Request, version: Version) -> Sample:
     response = np.array([request.seed])
     logprobs = np.array([-0.5], dtype=np.float32)
-    return Sample(request.id, request.prompt, response, logprobs, version, "stop")
+    # Answers to odd seeds are cut off.
+    reason: Literal["stop", "length"] = "length" if request.seed % 2 else "stop"
+    return Sample(request.id, request.prompt, response, logprobs, version, reason)
 
 
 async def helpfulness(rollout: Rollout) -> Scores:
@@ -67,15 +73,44 @@ async def helpfulness(rollout: Rollout) -> Scores:
 
 
 def roll_out(generators: Any, requests: Sequence[Request], replicas: int) -> Answers:
+    coordinator = made(generators, replicas)
+    coordinator._task = SimpleNamespace(timeout=5.0)
+    found: Answers = asyncio.run(coordinator._roll_out(requests, NOW, SAMPLING))
+    return found
+
+
+def made(generators: Any, replicas: int) -> Any:
+    """A coordinator in this process."""
     coordinator = object.__new__(Coordinator.__ray_metadata__.modified_class)  # type: ignore[attr-defined]
     scorer = SimpleNamespace(score=method(helpfulness))
     reference = SimpleNamespace(score=method(lambda rollout: ReferenceLogprobs((), ())))
-    coordinator._task = SimpleNamespace(timeout=5.0)
     coordinator._generators, coordinator._replicas = generators, replicas
     coordinator._helpfulness, coordinator._safety = [scorer], [scorer]
     coordinator._references = [reference]
-    found: Answers = asyncio.run(coordinator._roll_out(requests, NOW, SAMPLING))
-    return found
+    coordinator._lock, coordinator._latest = asyncio.Lock(), None
+    return coordinator
+
+
+def shares(ppo: PPOSettings, iteration: int, world: int) -> tuple[list[Share], list[int]]:
+    """All workers' shares of an iteration with eight samples, and the prompts asked, by slot."""
+    coordinator = made(Generators(lambda _, __: NOW), 2)
+    prompts = tuple(Prompt((), safety=False, source=str(i)) for i in range(5))
+    task = SimpleNamespace(
+        prompts=prompts, batch_size=8, minibatch_size=4, sampling=SAMPLING, seed=0, timeout=5.0,
+        ppo=ppo,
+    )  # fmt: skip
+    asked: list[int] = []
+
+    def request(name: str, prompt: Prompt, seed: int) -> Request:
+        asked.append(int(prompt.source))
+        return Request(name, np.ones(3, dtype=np.int64), seed)
+
+    coordinator._task, coordinator._request = task, request
+
+    async def collect() -> list[Share]:
+        return [await coordinator.share(iteration, NOW, rank, world) for rank in range(world)]
+
+    return asyncio.run(collect()), asked
 
 
 def requests(lengths: Sequence[int]) -> list[Request]:
@@ -108,6 +143,32 @@ def test_requests_are_dealt_by_their_tokens_and_answers_come_in_order() -> None:
         if replicas == 2:
             # Each answer may take ten more: 100 + 30 + 20 against 90 + 40 + 20.
             assert sorted(generators.calls) == [["0", "2", "3"], ["1", "4", "5"]]
+
+
+def test_groups_follow_each_other_and_scores_are_what_was_asked_for() -> None:
+    """Slot s of iteration 1 is scored 8 + s."""
+    grouped = PPOSettings(
+        algorithm="rloo", group_size=4, whiten_scores=False, eos_penalty=2.0, kl_in="reward"
+    )
+    found, asked = shares(grouped, 1, world=2)
+    assert len(asked) == 8
+    assert asked == [asked[0]] * 4 + [asked[4]] * 4
+    assert asked[0] != asked[4]
+    places = [p for share in found for part in share.minibatches for p in part.places]
+    scores = {place.slot: place.score for place in places}
+    expected = {slot: min(8 + slot, LARGEST_SCORE) - 2 * (slot % 2) for slot in range(8)}
+    assert scores == pytest.approx(expected, abs=1e-3)
+    assert len(places) == found[0].samples == 8
+    metrics = found[0].metrics
+    assert metrics["rollout/cut_off"] == 0.5
+    groups = torch.tensor([expected[slot] for slot in range(8)]).view(2, 4)
+    assert metrics["reward/group_std"] == pytest.approx(float(groups.std(dim=1).mean()), abs=1e-3)
+
+    (alone,), asked = shares(PPOSettings(), 0, world=1)
+    scores = {p.slot: p.score for part in alone.minibatches for p in part.places}
+    assert sum(scores.values()) == pytest.approx(0.0, abs=1e-6)
+    assert sum(score**2 for score in scores.values()) == pytest.approx(8.0)
+    assert "reward/group_std" not in alone.metrics
 
 
 def test_a_lost_chunk_is_asked_for_again_by_the_same_ids(no_waiting: list[float]) -> None:

@@ -1,10 +1,11 @@
 """From samples to advantages, against the arithmetic of one sample worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
-from actors.experience import collate, with_advantages
-from actors.learner import whiten_advantages
+from actors.experience import collate, whiten_advantages, with_advantages
 from actors.records import Experience, Sample
 from actors.reference import by_length
 from cluster import training
@@ -37,7 +38,8 @@ def test_rewards_and_advantages_of_one_sample() -> None:
     batch = collate([experience([1, 5, 6], [7, 2], 3.0)], torch.device("cpu"))
     old = torch.tensor([[0.0, 0.0, -0.5, -2.0]])
     values = torch.tensor([[0.0, 0.0, 0.25, 1.0]])
-    found = with_advantages(batch, old, values, kl_coefficient=0.1, gamma=1.0, lam=0.5)
+    batch = replace(batch, old_logprobs_BT=old, values_BT=values)
+    found = with_advantages(batch, kl_coefficient=0.1, gamma=1.0, lam=0.5)
     # KL terms -0.5+1 and -2+1; rewards -0.05 and 0.1 + 3; the last error 3.1 - 1, the first
     # -0.05 + 1 - 0.25, with half of the last behind it.
     expected = torch.tensor([[0.0, 0.0, 0.7 + 0.5 * 2.1, 2.1]])
@@ -51,7 +53,8 @@ def test_whitening_spans_all_minibatches(monkeypatch) -> None:  # type: ignore[n
     for score in (2.0, -1.0, 0.5):
         batch = collate([experience([1, 4], [5, 6, 2], score)], torch.device("cpu"))
         zeros = torch.zeros_like(batch.sampled_logprobs_BT)
-        batches.append(with_advantages(batch, zeros - 1, zeros, 0.1, 1.0, 0.9))
+        batch = replace(batch, old_logprobs_BT=zeros - 1)
+        batches.append(with_advantages(batch, 0.1, 1.0, 0.9))
     found = whiten_advantages([[batches[0], batches[1]], [batches[2]]])
     flat = torch.cat([b.advantages_BT[b.mask_BT] for group in found for b in group])
     torch.testing.assert_close(flat.mean(), torch.tensor(0.0), atol=1e-6, rtol=0)

@@ -25,7 +25,8 @@ def weights(worker: Learner) -> dict[str, Tensor]:
 
 def iterate(worker: Learner) -> dict[str, float]:
     totals = [sum(len(e.sample.response) for e in minibatch) for minibatch in samples()]
-    return worker.update(worker.experience(samples()), totals)
+    found = worker.update(worker.experience(samples()), totals)
+    return {name: value for name, value in found.items() if not name.startswith("time/")}
 
 
 def close(worker: Learner) -> None:

@@ -323,6 +323,26 @@ def test_batches_that_do_not_divide(tmp_path: Path, folders: Folders) -> None:
     assert "batch_size 128 is not a multiple of minibatch_size 48" in found
     found = refusal(ppo.main, replace(asked, minibatch_size=32, learner=Workers(count=3)))
     assert "minibatch_size 32 cannot be shared evenly by 3 learner workers" in found
+    grouped = replace(TINY.ppo.ppo, algorithm="grpo", group_size=3)
+    found = refusal(ppo.main, replace(asked, ppo=grouped))
+    assert "batch_size 256 is not a multiple of ppo.group_size 3" in found
+    for name in ("eval_every", "save_every", "batch_size"):
+        assert f"{name} must be at least 1" in refusal(ppo.main, replace(asked, **{name: 0}))
+    assert "patience must not be negative" in refusal(ppo.main, replace(asked, patience=-1))
+
+
+def test_pretraining_rows_that_the_policy_cannot_read(tmp_path: Path, folders: Folders) -> None:
+    mixed = replace(ppo_config(tmp_path, folders), ppo=replace(TINY.ppo.ppo, ptx_coefficient=0.1))
+    found = refusal(ppo.main, mixed)
+    assert f"{tmp_path / 'tiny-data'} holds no prepared pretraining data" in found
+    other = folders.other_reward
+    data = prepared(tmp_path / "other", other, "pretrain", "pretrain", 16)
+    assert "another tokenizer" in refusal(ppo.main, replace(mixed, pretraining_data=data))
+    long = prepared(tmp_path / "long", folders.policy, "pretrain", "pretrain", 100_000)
+    assert "longer than its context" in refusal(ppo.main, replace(mixed, pretraining_data=long))
+    data = prepared(tmp_path / "good", folders.policy, "pretrain", "pretrain", 16)
+    with pytest.raises(SessionEntered):
+        ppo.main(replace(mixed, pretraining_data=data))
 
 
 def test_settings_that_do_not_go_together(tmp_path: Path, folders: Folders) -> None:

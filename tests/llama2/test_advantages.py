@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama2.advantages import gae, whiten
+from llama2.advantages import gae, group_relative, leave_one_out, whiten
 
 REWARDS = [0.0, 0.0, 1.0, 0.0, -0.5]
 VALUES = [1.0, 4.0, -3.0, -2.0, -1.0, -1.0]  # the last is the bootstrap
@@ -90,3 +90,24 @@ def test_whiten_over_two_ranks_equals_one() -> None:
         rounds = iter(answers)
         found.append(whiten(half, torch.ones(len(half)), lambda _, r=rounds: next(r)))
     torch.testing.assert_close(torch.cat(found), whiten(x, torch.ones(5)))
+
+
+def test_grpo_of_two_groups_by_hand() -> None:
+    # Means 2 and 1; squares 1 + 0 + 1 and 4 + 1 + 9, each over two.
+    scores = torch.tensor([1.0, 2.0, 3.0, -1.0, 0.0, 4.0], dtype=torch.float64)
+    found = group_relative(scores, 3, epsilon=0.5)
+    second = 7**0.5 + 0.5
+    expected = [-1 / 1.5, 0.0, 1 / 1.5, -2 / second, -1 / second, 3 / second]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_rloo_of_two_groups_by_hand() -> None:
+    found = leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 2.0]), 3)
+    assert found.tolist() == pytest.approx([1 - 4, 2 - 3.5, 6 - 1.5, 1.5, 1.5, -3])
+
+
+@given(st.floats(-1e6, 1e6), st.integers(2, 9))
+def test_equal_scores_give_no_advantage(score: float, size: int) -> None:
+    scores = torch.full((2 * size,), score, dtype=torch.float64)
+    assert group_relative(scores, size).tolist() == [0.0] * len(scores)
+    assert leave_one_out(scores, size).tolist() == [0.0] * len(scores)

@@ -49,3 +49,15 @@ def test_score_falls_on_the_last_written_token() -> None:
         [[0.0, -0.05, 3 - 0.1, 0.0], [0.0, 0.0, -0.2, -1 + 0.1], [0.0, 0.0, 0.0, 0.0]]
     )
     torch.testing.assert_close(found, expected)
+
+
+def test_the_coefficient_moves_towards_its_target() -> None:
+    def after(divergence: float) -> float:
+        return kl.adapted(0.1, divergence, target=5.0, horizon=1000.0, samples=100)
+
+    assert after(5.0) == 0.1
+    assert math.isclose(after(5.5), 0.1 * (1 + 0.1 * 0.1))
+    assert math.isclose(after(4.5), 0.1 * (1 - 0.1 * 0.1))
+    assert math.isclose(after(50.0), 0.1 * (1 + 0.2 * 0.1))  # the error is held at a fifth
+    assert math.isclose(after(-3.0), 0.1 * (1 - 0.2 * 0.1))
+    assert kl.adapted(0.1, 0.0, target=5.0, horizon=10.0, samples=100) == 0.0  # never negative
