@@ -175,7 +175,11 @@ class Learner:
     def _observed(self, rows: Sequence[Experience]) -> ExperienceBatch:
         """Samples with the log-probabilities and values of before the update."""
         batch = collate(rows, self.policy.engine.device)
-        batch = replace(batch, old_logprobs_BT=self.policy.logprobs(batch))
+        if self.task.ppo.old_logprobs == "learner":
+            old_BT = self.policy.logprobs(batch)
+        else:
+            old_BT = batch.sampled_logprobs_BT
+        batch = replace(batch, old_logprobs_BT=old_BT)
         if self.value is None:
             return batch
         return replace(batch, values_BT=self.value.values(batch))
@@ -259,7 +263,7 @@ class Learner:
             )
 
 
-def _learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
+def make_learner(task: LearnTask) -> tuple[Learner, Checkpoints]:
     """A worker's learner as of the newest checkpoint, where there is one (collective)."""
     learner = _new(task)
     checkpoints = Checkpoints(task.run.checkpoints, _identity(learner), task.keep_checkpoints)

@@ -8,7 +8,7 @@ import ray
 import torch.distributed
 
 from actors.export import export
-from actors.learner import Learner, LearnTask, _learner
+from actors.learner import Learner, LearnTask, make_learner
 from actors.measures import measure
 from actors.records import Experience, MiniBatch, Share
 from cluster import training
@@ -20,7 +20,7 @@ from cluster.weights import Version
 def learn(task: LearnTask) -> None:
     """Run PPO on this worker, from the newest checkpoint to the last iteration or until `patience`
     is spent, and export the policy: the last one, or with `patience` the best one."""
-    learner, checkpoints = _learner(task)
+    learner, checkpoints = make_learner(task)
     try:
         _iterate(learner, checkpoints)
     except FloatingPointError:

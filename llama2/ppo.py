@@ -26,6 +26,9 @@ class PPOSettings:
     """KL from the initial policy, in nats per answer, that beta is adapted to; None keeps beta."""
     kl_horizon: float = 10_000.0
     """Samples in which beta may change by up to a fifth of itself; only with `kl_target`."""
+    old_logprobs: Literal["learner", "generator"] = "learner"
+    """Whose log-probabilities of the samples count as those of before the update: computed anew by
+    the learner, or what the generators drew with, which saves that pass."""
     clip_range: float = 0.2
     """How far the probability ratio may leave 1 before its gradient stops."""
     value_clip_range: float | None = 0.2

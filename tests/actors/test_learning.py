@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from actors.experience import collate, with_group_advantages
-from actors.learner import Learner, LearnTask, _learner
+from actors.learner import Learner, LearnTask, make_learner
 from actors.learning import gather, learn
 from actors.measures import measure
 from cluster import training
@@ -67,7 +67,7 @@ def iterate(learner: Learner, root: Path) -> dict[str, float]:
 
 
 def started(task: LearnTask) -> Learner:
-    learner, checkpoints = _learner(task)
+    learner, checkpoints = make_learner(task)
     checkpoints.close()
     return learner
 
@@ -99,6 +99,21 @@ def test_the_baseline_is_that_of_the_whole_group(root: Path) -> None:
             torch.testing.assert_close(mine, expected[slot].expand(len(mine)), atol=1e-5, rtol=0)
             seen += 1
     assert seen == len(made)
+    close(learner)
+
+
+@ALONE
+@pytest.mark.parametrize("whose", ["learner", "generator"])
+def test_old_log_probabilities_are_whose_the_setting_says(root: Path, whose: Any) -> None:
+    task = learn_task(root, f"old-{whose}", PPOSettings(old_logprobs=whose))
+    learner = started(task)
+    (minibatch, *_) = gather(share(root, 0, 0, 1))
+    shifted = [
+        replace(e, sample=replace(e.sample, logprobs=e.sample.logprobs - 0.5)) for e in minibatch
+    ]
+    for batch in learner.experience([shifted])[0]:
+        wanted = batch.sampled_logprobs_BT + (0.5 if whose == "learner" else 0.0) * batch.mask_BT
+        torch.testing.assert_close(batch.old_logprobs_BT, wanted, atol=1e-5, rtol=0)
     close(learner)
 
 

@@ -93,7 +93,7 @@ def learners(root: Path) -> None:
     nothing: dict[str, Any] = dict.fromkeys(
         ("coordinator", "store", "generators", "timeout", "replicas", "eval_every", "save_every")
     )
-    made, checkpoints = learner._learner(
+    made, checkpoints = learner.make_learner(
         LearnTask(
             run=RunDirectory(root, "ppo"), policy=root / "start", critic=root / "critic",
             tokenizer=root, engine=EngineConfig(zero_stage=3), policy_schedule=schedule,
