@@ -237,9 +237,10 @@ class Learner:
             self._check(f"{who} gradient's norm", step.get("grad_norm", 0.0), minibatch)
 
     def adapt_kl(self, divergence: float, samples: int) -> None:
-        """Move beta towards its target, after an iteration with this KL, in nats per answer."""
+        """Move beta towards its target, after an iteration with this KL, in nats per answer; not
+        before the policy has learned."""
         ppo = self.task.ppo
-        if ppo.kl_target is not None:
+        if ppo.kl_target is not None and self.iteration > ppo.critic_warmup:
             self.kl_coefficient = kl.adapted(
                 self.kl_coefficient, divergence, ppo.kl_target, ppo.kl_horizon, samples
             )

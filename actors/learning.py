@@ -2,6 +2,7 @@
 
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -45,7 +46,7 @@ def _iterate(learner: Learner, checkpoints: Checkpoints) -> None:
                 metrics |= _evaluate(learner, version)
             ends = step == task.iterations or 0 < task.patience <= learner.heldout.stale
             if _is_due(learner, ends):
-                reward = metrics.get("eval/reward")
+                reward = metrics.get("eval/reward") if task.patience else None
                 score = None if reward is None else -reward  # of scores the lowest is best
                 checkpoints.save(step, learner.engines, learner.state(before), score)
                 learner.saved = step
@@ -124,4 +125,6 @@ def _evaluate(learner: Learner, version: Version) -> dict[str, float]:
     box: list[Any] = [found.get("eval/reward")]
     torch.distributed.broadcast_object_list(box)
     learner.heldout = learner.heldout.evaluated(step, box[0])
+    if step <= task.ppo.critic_warmup:  # the policy is still the one that it was
+        learner.heldout = replace(learner.heldout, stale=0)
     return found | {"eval/reward": box[0], "time/evaluate": time.perf_counter() - started}

@@ -38,12 +38,21 @@ class Entry:
 
 
 class Lineage:
-    """The file at `path`; it need not be there yet."""
+    """The file at `path`; it need not be there yet. Raises `ValueError` for one that is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
-        found = json.loads(self.path.read_text("utf-8")) if self.path.is_file() else {}
-        self.entries: dict[str, Entry] = {name: Entry(**entry) for name, entry in found.items()}
+        self.entries: dict[str, Entry] = {}
+        if not self.path.is_file():
+            return
+        try:
+            found = json.loads(self.path.read_text("utf-8"))
+            self.entries |= {name: Entry(**entry) for name, entry in found.items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} is no lineage file ({error}); put it back as it was, or begin anew "
+                "under another run name."
+            ) from error
 
     def check(self) -> None:
         """Raise `ValueError`, naming run, file and both hashes, where a file is no longer what it

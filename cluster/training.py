@@ -6,6 +6,7 @@ that it also runs in any other process group.
 
 import json
 import logging
+import math
 import random
 import textwrap
 from collections.abc import Callable
@@ -46,8 +47,11 @@ def run_workers(
     workers: Workers,
     run: RunDirectory,
     max_failures: int = 3,
+    timeout: float = 1800.0,
 ) -> None:
     """Run `loop(task)` on every worker until all return.
+
+    timeout: seconds that workers wait for each other in a collective call.
 
     Where a worker dies, the log names it and all are started again, up to `max_failures` times;
     going on from what was saved is the loop's own part. Then raises `WorkersFailed`. A
@@ -63,7 +67,9 @@ def run_workers(
             use_gpu=workers.gpus > 0,
             resources_per_worker=_resources(workers),
         ),
-        torch_config=TorchConfig(backend="nccl" if workers.gpus > 0 else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if workers.gpus > 0 else "gloo", timeout_s=math.ceil(timeout)
+        ),
         run_config=RunConfig(
             name=run.checkpoints.name,
             storage_path=str(run.path),

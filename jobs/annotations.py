@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.files import read_records
+from cluster.run_directory import RunDirectory
 from llama2.chat import Message
 from llama2.record_fields import rating_field, safety_field
 from llama2.records import Rating, SafetyLabel
@@ -16,6 +17,18 @@ from llama2.world.annotator import annotate
 Json = dict[str, Any]
 Aspect = Literal["helpfulness", "safety"]
 CHOICES = ("a", "b")
+
+
+def check_annotator(run: RunDirectory, annotations: Path | None) -> None:
+    """Raise `ValueError` where a run that people rate would go on with the gold judge, or the other
+    way round."""
+    before = run.read_config()["annotations"]
+    if (before is None) != (annotations is None):
+        who = "the gold judge compares" if before is None else f"people's ratings ({before}) count"
+        raise ValueError(
+            f"In the run {run.name} {who}; go on {'without' if before is None else 'with'} "
+            "--annotations, or give another --name."
+        )
 
 
 @dataclass(frozen=True)

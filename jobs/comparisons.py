@@ -18,7 +18,14 @@ from actors.sampling import Question, Sampler, read_chunks, run_chunks
 from cluster.report import write_report
 from cluster.run_directory import RunDirectory, append_json, read_json_lines
 from jobs import cli
-from jobs.annotations import Aspect, Pair, Verdict, gold_verdict, read_verdicts
+from jobs.annotations import (
+    Aspect,
+    Pair,
+    Verdict,
+    check_annotator,
+    gold_verdict,
+    read_verdicts,
+)
 from jobs.comparisons_config import ComparisonsConfig
 from jobs.sampling import (
     Cast,
@@ -27,6 +34,7 @@ from jobs.sampling import (
     cut,
     draw,
     find_cast,
+    fits,
     identity,
     read_prompts,
     sampler,
@@ -48,11 +56,14 @@ def main(config: ComparisonsConfig) -> None:
     """Have two variants of a model answer prompts, and an annotator compare their answers."""
     run = RunDirectory(config.runs, config.run_name("comparisons"))
     if run.is_finished:
+        write_missing_report(run)
         print(f"{run.name}: finished already; the comparisons are in {run.path}.")
         return
     cast = find_cast(config, scored=False)
     variant = cast if config.variant is None else Cast(config.variant.absolute(), None)
-    Prompting.read(variant.policy)
+    prompting = Prompting.read(variant.policy)
+    if run.config.exists():
+        check_annotator(run, config.annotations)
     prompts = read_prompts(config, config.prompts)
     if config.annotations is None and prompts.world_seed is None:
         raise ValueError(
@@ -60,7 +71,13 @@ def main(config: ComparisonsConfig) -> None:
             "file for people's ratings with --annotations."
         )
     drawn, too_long = draw(prompts.prompts, config.num_prompts, config.seed, cast.prompting)
-    questions = asked(drawn)
+    both = [(i, prompt) for i, prompt in drawn if fits(prompt.messages, prompting)]
+    if not both:
+        raise ValueError(
+            f"No prompt leaves room for an answer of {variant.policy}; give shorter ones."
+        )
+    too_long += len(drawn) - len(both)
+    questions = asked(both)
     run.open(cli.plain(config), may_change=(*MAY_CHANGE, "annotations"))
     if not pairs_file(run).is_file():
         sample(config, run, (cast, variant), questions)
@@ -222,9 +239,15 @@ def _finish(
             "prompts left out as too long": too_long,
         }
     )
-    write_report(run, f"{run.name}: comparisons")
+    write_missing_report(run)
     counts = ", ".join(f"{len(several)} of {aspect}" for aspect, several in lines.items())
     print(f"{run.name}: comparisons in {run.path}: {counts}; {left_out.total()} pairs left out.")
+
+
+def write_missing_report(run: RunDirectory) -> None:
+    """Write the report of a finished run unless it is there."""
+    if not run.report.exists():
+        write_report(run, f"{run.name}: comparisons")
 
 
 def _write_lines(path: Path, lines: Sequence[Json]) -> None:

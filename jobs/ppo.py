@@ -44,7 +44,7 @@ from llama2.shards import Shards
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
 MAY_CHANGE = (
-    "cluster", "runs", "wandb_project", "learner", "reference", "rewards",
+    "cluster", "runs", "wandb_project", "learner", "reference", "rewards", "scorer",
     # Another backend draws other answers.
     *(f"generator.{field.name}" for field in fields(GeneratorConfig) if field.name != "backend"),
     "save_every", "keep_checkpoints", "micro_batch_size", "timeout", "activation_checkpointing",
@@ -122,7 +122,7 @@ def check_given(config: PPOConfig, rewards: Rewards) -> None:
     if config.prompts:
         _read_prompts(config)
     if config.pretraining_data is not None and config.ppo.ptx_coefficient:
-        Shards(_pretraining(config))
+        Shards(pretraining_rows(config))
 
 
 def check_policy(folder: Path) -> Tokenizer:
@@ -188,7 +188,7 @@ def find_pretraining(config: PPOConfig, tokenizer: Tokenizer, policy: Path) -> P
     damaged, or not for this policy."""
     if not config.ppo.ptx_coefficient:
         return None
-    folder = _pretraining(config).absolute()
+    folder = pretraining_rows(config).absolute()
     shards, context = Shards(folder), check_folder(policy).max_position_embeddings
     if shards.manifest.tokenizer != tokenizer.fingerprint or shards.manifest.context > context:
         raise ValueError(
@@ -201,7 +201,8 @@ def find_pretraining(config: PPOConfig, tokenizer: Tokenizer, policy: Path) -> P
     return folder
 
 
-def _pretraining(config: PPOConfig) -> Path:
+def pretraining_rows(config: PPOConfig) -> Path:
+    """The folder of prepared rows. Raises `ValueError` where they are not there."""
     root = config.pretraining_data or config.runs / f"{config.preset}-data"
     folder = root / "pretrain" / "train"
     if not folder.is_dir():
@@ -230,6 +231,11 @@ def check_sizes(config: PPOConfig) -> None:
         raise ValueError(
             f"batch_size {config.batch_size} is not a multiple of minibatch_size "
             f"{config.minibatch_size}; change one of them."
+        )
+    if config.ppo.kl_target is not None and config.batch_size >= 5 * config.ppo.kl_horizon:
+        raise ValueError(
+            f"With batch_size {config.batch_size} an iteration could adapt the KL coefficient to "
+            f"0; set ppo.kl_horizon above {config.batch_size / 5:g}."
         )
     if config.minibatch_size % config.learner.count:
         raise ValueError(
@@ -289,7 +295,8 @@ def train(
         )
         task = _learn_task(config, run, models, coordinator, store, generators)
         task = replace(task, critic=rewards.critic(models.policy), pretraining=pretraining)
-        run_workers(learn, task, config.learner, run)
+        # While the first worker waits for what `LearnTask.timeout` limits, the others wait for it.
+        run_workers(learn, task, config.learner, run, timeout=4 * config.timeout)
     finally:
         serve.delete(run.name)
 

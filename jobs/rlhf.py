@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from cluster.lineage import Lineage
 from cluster.report import write_report
 from cluster.run_directory import RunDirectory, append_json, read_json_lines
 from cluster.session import session
-from jobs import cli, safety_data, stages
+from jobs import cli, ppo, reward_model, safety_data, stages
+from jobs.annotations import check_annotator
 from jobs.evaluation_results import interval
 from jobs.prepare import sources
 from jobs.prepare_config import PrepareConfig
@@ -31,6 +32,8 @@ from llama2.whole_files import whole_file
 
 Json = dict[str, Any]
 TABLE, SECONDS = "Versions", "Seconds of each stage"
+STAGES = "stages.jsonl"
+SCORED = ("rejection_sampling", "ghost_attention", "context_distillation", "ppo", "evaluate")
 ROWS = {
     "gold": "gold score",
     "reward": "reward by the last reward models",
@@ -49,10 +52,14 @@ def main(config: RlhfConfig) -> None:
     at last, PPO."""
     run = RunDirectory(config.runs, config.run_name("rlhf"))
     if run.config.exists():  # told before a cluster starts
+        check_annotator(run, config.annotations)
         run.open(cli.plain(config), may_change=MAY_CHANGE)
     lineage = Lineage(run.path / "lineage.json")
+    if not lineage.entries and (run.path / STAGES).exists():
+        raise ValueError(f"{lineage.path} is gone; put it back, or begin anew with another --name.")
     lineage.check()
     if run.is_finished:
+        write_missing_report(run)
         print(f"{run.name}: finished already.\n\n{told(run)}")
         return
     check_named(config)
@@ -62,18 +69,33 @@ def main(config: RlhfConfig) -> None:
         if absent:
             before = stages.STAGES[: stages.STAGES.index(absent[-1]) + 1]
             stages.run_stages(config, stages.unfinished(config, before))
+        if not run.config.exists():  # of a call that ended before it had claimed the run
+            shutil.rmtree(run.path / "initial", ignore_errors=True)
         start = find_start(config, run)
         run.open(cli.plain(config), may_change=MAY_CHANGE)
         plan = Plan(config, run.path, start)
         record_start(lineage, start, chained=len(_needed(config)) == 3)
         for stage in plan.stages():
             run_stage(stage, run, lineage)
-    finish(run, plan)
+    finish(run, plan, lineage)
     print(f"\n{told(run)}")
 
 
 def check_named(config: RlhfConfig) -> None:
     """Raise for a named input that is missing or wrong, before the missing ones are made."""
+    ppo.check_sizes(config.ppo)
+    for one in (config.helpfulness, config.safety):
+        reward_model.check(one)
+    for name in SCORED:
+        job = getattr(config, name)
+        if job.helpfulness_reward or job.safety_reward:
+            raise ValueError(
+                f"{name} is scored by the round's own reward models; leave its helpfulness_reward "
+                "and safety_reward out."
+            )
+    pretraining = config.ppo.pretraining_data or config.data
+    if config.ppo.ppo.ptx_coefficient and pretraining is not None:
+        ppo.pretraining_rows(replace(config.ppo, pretraining_data=pretraining))
     for folder in (config.base, config.policy):
         if folder is not None:
             check_folder(folder, scalar=False)
@@ -143,17 +165,18 @@ def write_records(source: WorldSource, path: Path) -> None:
 def record_start(lineage: Lineage, start: Start, chained: bool) -> None:
     """Enter what was there before the first round. `chained` says that each came from the one
     before."""
-    prompts = start.data / "prompts"
+    parts = (start.data / part for part in ("prompts", "pretrain", "sft"))
+    prepared = [part for part in parts if part.is_dir()]
     parents = {BASE: (DATA,), POLICY: (BASE, DATA)} if chained else {}
     for name, folder, made in (
-        (DATA, start.data, prompts),
-        (BASE, start.base.parent, start.base),
-        (POLICY, start.policy.parent, start.policy),
+        (DATA, start.data, prepared),
+        (BASE, start.base.parent, [start.base]),
+        (POLICY, start.policy.parent, [start.policy]),
     ):
         if name not in lineage.entries:
             config = folder / "config.yaml"
             known = config if config.is_file() else None
-            lineage.record(name, parents.get(name, ()), known, (), (made,))
+            lineage.record(name, parents.get(name, ()), known, (), made)
 
 
 def run_stage(stage: Stage, loop: RunDirectory, lineage: Lineage) -> None:
@@ -164,24 +187,28 @@ def run_stage(stage: Stage, loop: RunDirectory, lineage: Lineage) -> None:
     began = time.monotonic()
     print(f"\n── {loop.name}: {stage.name}", flush=True)
     run = stage.run(loop.path)
+    resumed = run.path.exists()
     stage.main(stage.job())
     made = [run.path / part for part in stage.made if (run.path / part).exists()]
-    lineage.record(stage.name, stage.parents, run.config, stage.data, made)
     seconds = round(time.monotonic() - began, 1)
-    append_json(loop.path / "stages.jsonl", {"stage": stage.name, "seconds": seconds})
+    line = {"stage": stage.name, "seconds": seconds} | ({"resumed": True} if resumed else {})
+    append_json(loop.path / STAGES, line)
+    lineage.record(stage.name, stage.parents, run.config, stage.data, made)
 
 
-def finish(run: RunDirectory, plan: Plan) -> None:
-    """Choose the best version, copy its model, and write summary and report."""
+def finish(run: RunDirectory, plan: Plan, lineage: Lineage) -> None:
+    """Choose the best version, copy its model, and write report and summary."""
     found = json.loads((plan.root / "evaluation" / "evaluation.json").read_text("utf-8"))
     paths = {str(plan.model(number)): number for number in range(plan.config.rounds + 1)}
     versions = {paths[model["path"]]: model for model in found["models"].values()}
     best = best_version(found["judge"], versions)
     _copy_model(plan.model(best), run)
+    if run.name not in lineage.entries:
+        lineage.record(run.name, (plan.version(best), "evaluation"), None, (), (run.model,))
     run.metrics.unlink(missing_ok=True)
     for line in read_json_lines(plan.root / "evaluation" / "metrics.jsonl"):
         append_json(run.metrics, line)
-    timed = read_json_lines(run.path / "stages.jsonl")
+    timed = read_json_lines(run.path / STAGES)
     rows = table(found, versions)
     run.finish(
         {
@@ -191,9 +218,18 @@ def finish(run: RunDirectory, plan: Plan) -> None:
             "prompts": found["prompts"],
             SECONDS: timed,
             "seconds in all": round(sum(line["seconds"] for line in timed), 1),
+            "stages whose seconds are of their last part": [
+                line["stage"] for line in timed if "resumed" in line
+            ],
         }
     )
-    write_report(run, f"{run.name}: rounds of human feedback", note=NOTE)
+    write_missing_report(run)
+
+
+def write_missing_report(run: RunDirectory) -> None:
+    """Write the report of a finished loop unless it is there."""
+    if not run.report.exists():
+        write_report(run, f"{run.name}: rounds of human feedback", note=NOTE)
 
 
 def best_version(judge: str, versions: dict[int, Json]) -> int:

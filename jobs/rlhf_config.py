@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from jobs import ppo, training
+from jobs import evaluate, ppo, training
 from jobs.comparisons_config import ComparisonsConfig
 from jobs.configs import JobConfig, PPOConfig, RewardModelConfig, SftConfig
 from jobs.context_distillation_config import ContextDistillationConfig
@@ -28,7 +28,7 @@ MAY_CHANGE = (
             "context_distillation": SAMPLING_MAY_CHANGE,
             "sft": training.MAY_CHANGE,
             "ppo": ppo.MAY_CHANGE,
-            "evaluate": PLACES,
+            "evaluate": evaluate.MAY_CHANGE,
         }.items()
         for name in names
     ),
@@ -97,7 +97,7 @@ class RlhfConfig(JobConfig):
         name = preset.ppo.preset
         small = name == "tiny"
         sampling = RejectionSamplingConfig.of(preset)
-        evaluate = EvaluateConfig(
+        compared = EvaluateConfig(
             preset=name,
             max_new_tokens=preset.ppo.max_new_tokens,
             most_prompts=1024 if small else 2000,
@@ -109,7 +109,7 @@ class RlhfConfig(JobConfig):
             # models as small are fooled by the best of more than 4 (docs/rlhf.md).
             sampling = replace(sampling, num_prompts=5000, samples=4, temperatures=(0.7,))
         else:
-            evaluate = replace(evaluate, generator=preset.ppo.generator)
+            compared = replace(compared, generator=preset.ppo.generator)
         return RlhfConfig(
             preset=name,
             comparisons=ComparisonsConfig.of(preset),
@@ -120,5 +120,5 @@ class RlhfConfig(JobConfig):
             context_distillation=ContextDistillationConfig.of(preset),
             sft=preset.sft,
             ppo=preset.ppo,
-            evaluate=evaluate,
+            evaluate=compared,
         )

@@ -203,6 +203,7 @@ class Plan:
         return Stage(
             name, self._cast(number), ghost_attention.main,
             lambda: self._sampled(self.config.ghost_attention, name, number),
+            data=_given(self.config.ghost_attention.constraints),
             made=(ghost_attention.DATASET,),
         )  # fmt: skip
 
@@ -211,6 +212,7 @@ class Plan:
         return Stage(
             name, self._cast(number), context_distillation.main,
             lambda: self._sampled(self.config.context_distillation, name, number),
+            data=_given(self.config.context_distillation.preprompts),
             made=(context_distillation.DATASET,),
         )  # fmt: skip
 
@@ -232,10 +234,12 @@ class Plan:
         return Stage(name, (BASE, POLICY, *sampled), sft.main, job, data=self.start.dialogues)
 
     def _ppo(self, number: int) -> Stage:
-        name = f"v{number}-ppo"
+        name, chosen = f"v{number}-ppo", self.config.ppo
+        mixed = replace(chosen, pretraining_data=chosen.pretraining_data or self.start.data)
+        rows = (ppo.pretraining_rows(mixed),) if chosen.ppo.ptx_coefficient else ()
         return Stage(
-            name, self._cast(number), ppo.main,
-            lambda: self._sampled(self.config.ppo, name, number),
+            name, self._cast(number), ppo.main, lambda: self._sampled(mixed, name, number),
+            data=rows,
         )  # fmt: skip
 
     def _evaluation(self) -> Stage:
@@ -254,4 +258,9 @@ class Plan:
             return found
 
         parents = (*(self.version(number) for number in versions), *rewards, DATA)
-        return Stage("evaluation", parents, evaluate.main, job, made=("evaluation.json",))
+        files = _given(self.config.evaluate.constraints, *self.config.evaluate.texts)
+        return Stage("evaluation", parents, evaluate.main, job, files, ("evaluation.json",))
+
+
+def _given(*paths: Path | None) -> tuple[Path, ...]:
+    return tuple(path for path in paths if path is not None)

@@ -41,4 +41,5 @@ def adapted(
     e = clip(divergence / target - 1, -0.2, 0.2), coefficient (1 + e samples / horizon).
     """
     error = min(max(divergence / target - 1, -0.2), 0.2)
-    return coefficient * max(0.0, 1 + error * samples / horizon)
+    assert samples < 5 * horizon, "the coefficient could become 0, and would stay there"
+    return coefficient * (1 + error * samples / horizon)

@@ -56,9 +56,10 @@ class PPOSettings:
     def __post_init__(self) -> None:
         self._check_groups()
         self._check_kl()
-        for name in ("critic_warmup", "eos_penalty", "entropy_coefficient", "ptx_coefficient"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name):g}.")
+        for name in ("kl_coefficient", "critic_warmup", "eos_penalty", "entropy_coefficient",
+                     "ptx_coefficient"):  # fmt: skip
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be at least 0, not {getattr(self, name):g}.")
         if self.ptx_rows < 1:
             raise ValueError(f"ptx_rows must be at least 1, not {self.ptx_rows}.")
 
@@ -82,9 +83,9 @@ class PPOSettings:
                 "kl_estimator k1 has no effect in the loss, where its gradient is 0 on average; "
                 "choose k2 or k3, or kl_in reward."
             )
-        if self.kl_target is not None and self.kl_target <= 0:
+        if self.kl_target is not None and not self.kl_target > 0:
             raise ValueError(f"kl_target must be positive, not {self.kl_target:g}.")
-        if self.kl_horizon <= 0:
+        if not self.kl_horizon > 0:
             raise ValueError(f"kl_horizon must be positive, not {self.kl_horizon:g}.")
         if self.kl_target is not None and self.kl_coefficient <= 0:
             raise ValueError(

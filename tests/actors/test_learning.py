@@ -229,10 +229,21 @@ def test_a_run_that_died_goes_on_as_if_it_had_not(root: Path, name: str) -> None
     assert [line["step"] for line in expected] == [0, 1, 2, 3, 4]
     assert lines(task.run) == expected
     betas = {line["ppo/kl_coefficient"] for line in expected[:-1]}
-    assert len(betas) == (1 if OPTIONS[name].kl_target is None else 4)
+    settings = OPTIONS[name]
+    assert len(betas) == (1 if settings.kl_target is None else 4 - settings.critic_warmup)
     assert same(
         checkpoint.load(task.run.model).state_dict(), checkpoint.load(whole.run.model).state_dict()
     )
+
+
+@ALONE
+def test_patience_begins_when_the_policy_learns(root: Path) -> None:
+    settings = PPOSettings(critic_warmup=2)
+    task = learn_task(
+        root, "warm", settings, patience=1, iterations=6, coordinator=coordinator(root, [0] * 9)
+    )
+    learn(task)
+    assert [line["step"] for line in lines(task.run)] == [0, 1, 2, 3]
 
 
 @ALONE

@@ -41,6 +41,13 @@ def test_an_untouched_project_passes_also_where_it_was_moved(tmp_path: Path) -> 
     assert list(moved.entries) == ["data", "chat"]
 
 
+@pytest.mark.parametrize("text", ['{"data": {"mode": {}}}', "[1]", '{"data": ', '{"data": 3}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "lineage.json").write_text(text)
+    with pytest.raises(ValueError, match=r"lineage\.json is no lineage file"):
+        Lineage(tmp_path / "lineage.json")
+
+
 @pytest.mark.parametrize(
     ("name", "owner"),
     [("data/a.jsonl", "data"), ("model/weights", "chat"), ("config.yaml", "chat")],

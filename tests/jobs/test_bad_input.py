@@ -329,6 +329,8 @@ def test_batches_that_do_not_divide(tmp_path: Path, folders: Folders) -> None:
     for name in ("eval_every", "save_every", "batch_size"):
         assert f"{name} must be at least 1" in refusal(ppo.main, replace(asked, **{name: 0}))
     assert "patience must not be negative" in refusal(ppo.main, replace(asked, patience=-1))
+    adapted = replace(TINY.ppo.ppo, kl_target=6.0, kl_horizon=50.0)
+    assert "set ppo.kl_horizon above 51.2" in refusal(ppo.main, replace(asked, ppo=adapted))
 
 
 def test_pretraining_rows_that_the_policy_cannot_read(tmp_path: Path, folders: Folders) -> None:

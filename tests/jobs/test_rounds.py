@@ -10,10 +10,12 @@ import pytest
 from cluster.lineage import Lineage
 from cluster.run_directory import RunDirectory
 from jobs import cli, rlhf
+from jobs.annotations import check_annotator
 from jobs.configs import RewardModelConfig, SftConfig
 from jobs.presets import PRESETS, preset, tiny
 from jobs.rlhf_config import MAY_CHANGE, RlhfConfig
 from jobs.rounds import Plan, Stage, Start
+from llama2.ppo import PPOSettings
 from llama2.records import Comparison, Dialogue, parse_comparisons, parse_dialogues
 from llama2.sources import WorldSource
 
@@ -152,6 +154,56 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
     large = replace(RlhfConfig.of(preset("7b")), runs=tmp_path)
     with pytest.raises(ValueError, match=r"7b-data, 7b-pretrain, 7b-sft .* base, policy and data"):
         rlhf.main(large)
+
+
+def test_options_of_late_stages_are_refused_before_the_first(tmp_path: Path) -> None:
+    config = replace(RlhfConfig.of(tiny()), runs=tmp_path)
+    for name, changes, message in (
+        ("ppo", {"batch_size": 100}, "batch_size 100 is not a multiple of minibatch_size 64"),
+        ("safety", {"other_share": 2.0}, "other_share must be at least 0 and below 1"),
+        ("ppo", {"safety_reward": "a:b"}, "ppo is scored by the round's own reward models"),
+        ("evaluate", {"helpfulness_reward": "a:b"}, "evaluate is scored by the round's own"),
+        (
+            "ppo",
+            {"ppo": PPOSettings(ptx_coefficient=1.0), "pretraining_data": tmp_path},
+            "holds no prepared pretraining data",
+        ),
+    ):
+        changed = replace(getattr(config, name), **changes)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            rlhf.main(replace(config, **{name: changed}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_pretraining_rows_are_those_of_the_loops_data(tmp_path: Path) -> None:
+    (tmp_path / "data" / "pretrain" / "train").mkdir(parents=True)
+    mixed = replace(tiny().ppo, ppo=PPOSettings(ptx_coefficient=1.0))
+    stage = by_name(plan(tmp_path, ppo=mixed))["v5-ppo"]
+    assert stage.data == (tmp_path / "data" / "pretrain" / "train",)
+    assert stage.job().pretraining_data == tmp_path / "data"
+    assert by_name(plan(tmp_path))["v5-ppo"].data == ()
+
+
+def test_people_and_judge_do_not_take_turns(tmp_path: Path) -> None:
+    rated = RunDirectory(tmp_path, "rated")
+    rated.open({"annotations": "ratings"})
+    check_annotator(rated, tmp_path / "moved")
+    with pytest.raises(ValueError, match=r"people's ratings \(ratings\) count; go on with"):
+        check_annotator(rated, None)
+    judged = RunDirectory(tmp_path, "judged")
+    judged.open({"annotations": None})
+    check_annotator(judged, None)
+    with pytest.raises(ValueError, match="the gold judge compares; go on without"):
+        check_annotator(judged, tmp_path)
+
+
+def test_a_lineage_that_was_deleted_is_told(tmp_path: Path) -> None:
+    config = replace(RlhfConfig.of(tiny()), runs=tmp_path)
+    run = RunDirectory(tmp_path, "tiny-rlhf")
+    run.open(cli.plain(config))
+    (run.path / "stages.jsonl").write_text('{"stage": "v1-comparisons", "seconds": 1}\n')
+    with pytest.raises(ValueError, match=r"lineage\.json is gone"):
+        rlhf.main(config)
 
 
 def test_the_worlds_records_as_files_are_what_they_were(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"kl_target": 0.0}, "kl_target must be positive"),
     ({"kl_horizon": 0.0}, "kl_horizon must be positive"),
     ({"kl_target": 6.0, "kl_coefficient": 0.0}, "start from a positive one"),
-    ({"entropy_coefficient": -0.1}, "entropy_coefficient must not be negative"),
+    ({"entropy_coefficient": -0.1}, "entropy_coefficient must be at least 0"),
     ({"ptx_rows": 0}, "ptx_rows must be at least 1"),
 ]
 

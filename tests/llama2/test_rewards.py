@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from llama2 import kl
@@ -60,4 +61,5 @@ def test_the_coefficient_moves_towards_its_target() -> None:
     assert math.isclose(after(4.5), 0.1 * (1 - 0.1 * 0.1))
     assert math.isclose(after(50.0), 0.1 * (1 + 0.2 * 0.1))  # the error is held at a fifth
     assert math.isclose(after(-3.0), 0.1 * (1 - 0.2 * 0.1))
-    assert kl.adapted(0.1, 0.0, target=5.0, horizon=10.0, samples=100) == 0.0  # never negative
+    with pytest.raises(AssertionError, match="would stay there"):
+        kl.adapted(0.1, 0.0, target=5.0, horizon=20.0, samples=100)
