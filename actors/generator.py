@@ -3,6 +3,7 @@
 import importlib.util
 import time
 from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,11 @@ class Generator:
         config: GeneratorConfig,
     ) -> None:
         self._store = store
-        backend = make_backend(folder, config, precision)
-        # A replica that starts late, or again, must not serve the initial weights.
-        newest = None if store is None else weights.fetch(store)
-        version = FROM_FOLDER if newest is None else backend.load(newest)
+        # Where a process has more OpenMP threads than CPUs, GNU's OpenMP lets them sleep after each
+        # operation, and the engine's thread would take half as long again. A thread that ends takes
+        # its own along.
+        with ThreadPoolExecutor(1) as apart:
+            backend, version = apart.submit(prepare, folder, store, precision, config).result()
         self._engine = EngineLoop(backend, version, config.stuck_after)
 
     async def generate(
@@ -103,6 +105,19 @@ class Generator:
     def record_autoscaling_stats(self) -> dict[str, float]:
         """What the number of replicas follows from."""
         return {UNFINISHED: float(self._engine.unfinished)}
+
+
+def prepare(
+    folder: Path,
+    store: "ray.actor.ActorHandle[WeightStore] | None",
+    precision: str,
+    config: GeneratorConfig,
+) -> tuple[Backend, Version]:
+    """An engine with the newest weights. Raises as `make_backend` does."""
+    backend = make_backend(folder, config, precision)
+    # A replica that starts late, or again, must not serve the initial weights.
+    newest = None if store is None else weights.fetch(store)
+    return backend, FROM_FOLDER if newest is None else backend.load(newest)
 
 
 def make_backend(folder: Path, config: GeneratorConfig, precision: str) -> Backend:

@@ -5,7 +5,8 @@ python -m tests.benchmarks.ppo
 64 prompts of 64 tokens, 64 tokens of answer to each (nothing ends one earlier), policy, value,
 reference and one reward model of 288 wide, 6 layers, 6 heads, 768 in the feed-forward layers and
 32,000 tokens of vocabulary, with random weights in bfloat16; one pass in 8 minibatches of 8. It is
-the job itself, with its actors, on a local Ray cluster of two cores: the median of the iterations
+the job itself, with its actors, on a local Ray cluster of two cores, with the generators'
+log-probabilities as those of before the update: the median of the iterations
 after the first ones.
 """
 
@@ -77,8 +78,9 @@ def config(root: Path, iterations: int, threads: int) -> PPOConfig:
     asked = [json.dumps({"prompt": prompt(i, tokenizer)}) for i in range(3 * SAMPLES)]
     (root / "prompts.jsonl").write_text("\n".join(asked) + "\n")
     both = Workers(cpus=0.2, threads=threads)
+    tiny = preset("tiny").ppo
     return replace(
-        preset("tiny").ppo, runs=root, name="benchmark", policy=root / "policy",
+        tiny, ppo=replace(tiny.ppo, old_logprobs="generator"), runs=root, name="benchmark", policy=root / "policy",
         helpfulness_model=root / "reward", safety_reward="tests.benchmarks.harmless:safe",
         prompts=(root / "prompts.jsonl",), heldout_prompts=1, iterations=iterations,
         batch_size=SAMPLES, minibatch_size=MINIBATCH, micro_batch_size=MINIBATCH,
