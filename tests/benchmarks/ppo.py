@@ -80,7 +80,8 @@ def config(root: Path, iterations: int, threads: int) -> PPOConfig:
     both = Workers(cpus=0.2, threads=threads)
     tiny = preset("tiny").ppo
     return replace(
-        tiny, ppo=replace(tiny.ppo, old_logprobs="generator"), runs=root, name="benchmark", policy=root / "policy",
+        tiny, ppo=replace(tiny.ppo, old_logprobs="generator"), runs=root, name="benchmark",
+        policy=root / "policy",
         helpfulness_model=root / "reward", safety_reward="tests.benchmarks.harmless:safe",
         prompts=(root / "prompts.jsonl",), heldout_prompts=1, iterations=iterations,
         batch_size=SAMPLES, minibatch_size=MINIBATCH, micro_batch_size=MINIBATCH,
