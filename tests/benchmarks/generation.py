@@ -8,19 +8,29 @@ import argparse
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from actors.generator import deploy
+from actors.generator_config import GeneratorConfig
+from actors.records import Request
+from actors.served_model import CHUNK
+from cluster.session import ClusterConfig, session
+from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
 from llama2.generation.runner import bytes_per_token
 from llama2.model import Transformer, initialize
 from tests.benchmarks.side_by_side import (
+    THREADS,
     Contender,
     Step,
     Timing,
@@ -229,6 +239,44 @@ def against_unshared() -> None:
     )
 
 
+def served(work: Workload, replicas: int) -> Step:
+    """The workload through a handle of Ray Serve, in calls of 16 requests, as jobs make them; the
+    two threads are shared out among the replicas."""
+    stack, seeds = ExitStack(), count()
+    Finalize(None, stack.close, exitpriority=10)  # this process runs no other exit handlers
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    checkpoint.save(model(work), folder)
+    stack.enter_context(session(ClusterConfig(local_cpus=2)))
+    config = GeneratorConfig(
+        count=replicas, cpus=0.2, threads=THREADS // replicas, cache_gib=2 / replicas
+    )
+    handle = deploy("benchmark", folder, None, "bfloat16", config)
+
+    def step() -> None:
+        seed = next(seeds)
+        requests = [
+            Request(f"{seed}-{i}", np.array(prompt), i)
+            for i, prompt in enumerate(prompts(work.requests, work.prompt, seed))
+        ]
+        chunks = [requests[i : i + CHUNK] for i in range(0, len(requests), CHUNK)]
+        calls = [handle.generate.remote(chunk, endless(work.new)) for chunk in chunks]
+        found = [sample for call in calls for sample in call.result(timeout_s=300).samples]
+        assert sum(len(sample.response) for sample in found) == work.requests * work.new
+
+    return step
+
+
+def against_bare() -> None:
+    """Ray Serve's part of the time, and how many replicas share two cores best."""
+    contenders = [Contender("bare", ours, (SMALL,))]
+    contenders += [Contender(f"{n} replicas", served, (SMALL, n)) for n in (1, 2)]
+    found = measure(contenders, steps=5, warmup=2)
+    for n in (1, 2):
+        share = ratio(found["bare"], found[f"{n} replicas"])
+        speed = SMALL.requests * SMALL.new / found[f"{n} replicas"].best
+        print(f"through Serve, {n} replicas: {share:.0%} of the bare engine, {speed:.0f} tokens/s")
+
+
 def growth() -> None:
     """Milliseconds of a decoding step by rows and by context, as charts for the documents."""
     torch.set_num_threads(2)
@@ -270,6 +318,7 @@ PARTS = {
     "others": against_others,
     "mixed": against_static,
     "prefixes": against_unshared,
+    "serve": against_bare,
     "growth": growth,
 }
 
