@@ -13,6 +13,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
+from multiprocessing import get_context
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -278,6 +279,13 @@ def against_bare() -> None:
 
 
 def growth() -> None:
+    """How the cost of a step grows, in a process that starts with the workers' environment."""
+    process = get_context("spawn").Process(target=charts)
+    process.start()
+    process.join()
+
+
+def charts() -> None:
     """Milliseconds of a decoding step by rows and by context, as charts for the documents."""
     torch.set_num_threads(2)
     engine = Engine(model(SMALL))
