@@ -5,6 +5,7 @@ it read and of those it made. Files are named by their place relative to `lineag
 folder of runs can be moved as a whole.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,6 @@ import xxhash
 from cluster.run_directory import write_atomically
 
 Hashes = dict[str, str]
-BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,5 @@ def files_of(path: Path) -> list[Path]:
 
 def file_hash(path: Path) -> str:
     """xxh3-128 over a whole file."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

@@ -15,6 +15,7 @@ Their places follow from the counts in the manifest, so a row is found by arithm
 read that is not asked for.
 """
 
+import hashlib
 import os
 import uuid
 from array import array
@@ -29,7 +30,6 @@ import xxhash
 from llama2.batches import TokenSequence
 
 ALIGNMENT = 8
-HASH_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -212,11 +212,8 @@ class ShardReader:
 
 def file_hash(path: Path) -> str:
     """xxh3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _aligned(size: int) -> int:

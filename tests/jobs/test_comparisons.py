@@ -17,14 +17,11 @@ from jobs.annotations import Pair, gold_verdict
 from jobs.comparisons_config import ComparisonsConfig
 from jobs.sampling import Cast
 from jobs.sampling_config import SamplingConfig
-from llama2 import checkpoint
 from llama2.chat import Message
-from llama2.config import ModelConfig
-from llama2.model import Transformer, initialize
 from llama2.records import Comparison, parse_comparisons
 from llama2.sources import world_of, world_prompts
-from llama2.tokenizer import load_tokenizer, train_tokenizer
 from tests.actors.in_process_roles import Scripted
+from tests.jobs.policy_folder import policy_folder
 
 Answer = Callable[[str, float, int], str]
 REFUSAL = "I cannot help with that, as it could hurt people."
@@ -32,19 +29,7 @@ REFUSAL = "I cannot help with that, as it could hurt people."
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder for the world's words; nothing is computed with it."""
-    folder = tmp_path_factory.mktemp("policy")
-    texts = [prompt.text for prompt in world_of(0).prompts("train")[::40]]
-    train_tokenizer(texts, 600, folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024,
-    )  # fmt: skip
-    model = Transformer(config)
-    initialize(model, config, seed=0)
-    checkpoint.save(model, folder / "model", tokenizer.files())
-    return folder / "model"
+    return policy_folder(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture

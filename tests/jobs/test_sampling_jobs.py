@@ -21,17 +21,15 @@ from jobs.ghost_attention_config import GhostAttentionConfig
 from jobs.rejection_sampling_config import RejectionSamplingConfig
 from jobs.sampling import Cast
 from jobs.sampling_config import SamplingConfig
-from llama2 import checkpoint
-from llama2.config import ModelConfig
 from llama2.encoding import encode
-from llama2.model import Transformer, initialize
 from llama2.records import Dialogue, Prompt, parse_dialogues
 from llama2.sources import world_of, world_prompts
-from llama2.tokenizer import load_tokenizer, train_tokenizer
+from llama2.tokenizer import load_tokenizer
 from llama2.world import safety
 from llama2.world.constraints import MARKS, world_constraints
 from llama2.world.writers import take_stance
 from tests.actors.in_process_roles import Scripted, worker
+from tests.jobs.policy_folder import policy_folder
 
 Answer = Callable[[str, float, int], str]
 WORLD = world_of(0)
@@ -39,19 +37,7 @@ WORLD = world_of(0)
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model's folder for the world's words; nothing is computed with it."""
-    folder = tmp_path_factory.mktemp("policy")
-    texts = [prompt.text for prompt in WORLD.prompts("train")[::40]]
-    train_tokenizer(texts, 600, folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=1024,
-    )  # fmt: skip
-    model = Transformer(config)
-    initialize(model, config, seed=0)
-    checkpoint.save(model, folder / "model", tokenizer.files())
-    return folder / "model"
+    return policy_folder(tmp_path_factory.mktemp("policy"))
 
 
 def prepared(folder: Path, train: list[Prompt], seed: int | None = 0) -> Path:
