@@ -39,7 +39,7 @@ MODELS = {"all rounds": f"v{LAST}-sft", "last round only": f"v{LAST}-last-round-
 def measure(runs: Path, seed: int) -> Json:
     """Verdicts of the gold judge on both models' answers, and how much each learned from."""
     rounds.EXPERIMENT.run(runs, [seed])
-    root = world.folder(runs, seed)
+    root = rounds.folder(runs, seed)
     loop = root / "tiny-rlhf"
     sampling = loop / f"v{LAST}-rejection"
     joined, own = sampling / rejection_sampling.DATASET, root / "last-round-only.jsonl"
@@ -56,12 +56,12 @@ def measure(runs: Path, seed: int) -> Json:
     data = tuple(own if path == joined else path for path in config.data)
     sft.main(replace(config, name=alone, runs=root, data=data))
     evaluation = world.evaluated(
-        world.base(runs, seed), "prior-rounds-evaluation", [every, RunDirectory(root, alone)],
+        rounds.started(runs, seed), "prior-rounds-evaluation", [every, RunDirectory(root, alone)],
         most_prompts=rounds.PROMPTS, conversations=0,
     )  # fmt: skip
     return {
         "verdicts": {
-            title: world.verdicts(evaluation, name, seed) for title, name in MODELS.items()
+            title: world.verdicts(evaluation, name, rounds.WORLD) for title, name in MODELS.items()
         },
         "answers": {
             "all rounds": len(joined.read_text().splitlines()),

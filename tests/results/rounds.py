@@ -1,6 +1,9 @@
 """The base model, SFT, and the versions V1 to V5 of jobs/rlhf.py, by the gold judge.
 
 python -m tests.results.rounds --seeds 0 1 2 --runs FOLDER
+
+Each seed is a whole `make rlhf ARGS="--seed N"`: data, models and samples of its own, in the one
+world that command has.
 """
 
 from collections.abc import Sequence
@@ -9,7 +12,7 @@ from pathlib import Path
 
 from cluster.run_directory import RunDirectory
 from jobs import rlhf
-from jobs.presets import tiny
+from jobs.presets import Preset, tiny
 from jobs.rlhf_config import RlhfConfig
 from llama2.evaluation import mean_of
 from tests.results import world
@@ -29,28 +32,39 @@ from tests.results.experiment import (
 from tests.results.plots import Plot, Spot
 
 PROMPTS = 1024
+WORLD = tiny().prepare.world_seed
+
+
+def folder(runs: Path, seed: int) -> Path:
+    """The runs of one call of the loop, beside a seed's other experiments."""
+    return (world.folder(runs, seed) / "rounds").resolve()
+
+
+def started(runs: Path, seed: int) -> Preset:
+    """The preset, for evaluations beside the loop."""
+    root, preset = folder(runs, seed), tiny()
+    return replace(preset, ppo=replace(preset.ppo, runs=root, seed=seed))
 
 
 def measure(runs: Path, seed: int) -> Json:
     """Verdicts of the gold judge on each version's answers, and of the base model's beside SFT's,
     each in an evaluation of its own."""
-    configs = world.base(runs, seed)
-    root = world.folder(runs, seed)
+    root = folder(runs, seed)
     loop = RunDirectory(root, "tiny-rlhf")
     rlhf.main(replace(RlhfConfig.of(tiny()), runs=root, seed=seed))
     summary = loop.summary()
     assert summary is not None, "the loop has finished"
     evaluation = RunDirectory(loop.path, "evaluation")
     first = world.evaluated(
-        configs, "sft-evaluation",
+        started(runs, seed), "sft-evaluation",
         [RunDirectory(root, "tiny-pretrain"), RunDirectory(root, "tiny-sft")],
         most_prompts=PROMPTS, conversations=0,
     )  # fmt: skip
     return {
-        "base": world.verdicts(first, "tiny-pretrain", seed),
-        "SFT beside base": world.verdicts(first, "tiny-sft", seed),
+        "base": world.verdicts(first, "tiny-pretrain", WORLD),
+        "SFT beside base": world.verdicts(first, "tiny-sft", WORLD),
         "versions": {
-            row[""]: world.verdicts(evaluation, row["run"], seed) for row in summary[rlhf.TABLE]
+            row[""]: world.verdicts(evaluation, row["run"], WORLD) for row in summary[rlhf.TABLE]
         },
         "chosen": summary["best"],
         "seconds": summary["seconds in all"],
