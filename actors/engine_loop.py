@@ -147,6 +147,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         tuple(logprob for piece in pieces for logprob in piece.logprobs),
         pieces[-1].finish_reason,
         pieces[-1].version,
+        tuple(found for piece in pieces for found in piece.alternatives),
     )
 
 

@@ -14,6 +14,7 @@ from actors.backend import Backend
 from actors.records import Piece, Request, Sample
 from cluster.weights import Snapshot, Version
 from llama2.generation import Sampling
+from llama2.generation.request import Alternatives
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ class Answer:
     version: Version
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    alternatives: list[Alternatives] = field(default_factory=list)
+    """To each token, where they are asked for."""
     finish_reason: Literal["stop", "length"] | None = None
     calls: "list[Call]" = field(default_factory=list)
 
@@ -42,6 +45,7 @@ class Answer:
             tuple(self.logprobs[start:]),
             self.finish_reason,
             self.version,
+            tuple(self.alternatives[start:]),
         )
 
     def sample(self) -> Sample:
@@ -54,6 +58,7 @@ class Answer:
             logprobs=np.array(self.logprobs, dtype=np.float32),
             version=self.version,
             finish_reason=self.finish_reason,
+            alternatives=tuple(self.alternatives),
         )
 
 
@@ -204,6 +209,8 @@ class EngineThread:
             answer = self._answers[token.id]
             answer.tokens.append(token.token)
             answer.logprobs.append(token.logprob)
+            if answer.sampling.alternatives:
+                answer.alternatives.append(token.alternatives)
             answer.finish_reason = token.finish_reason
             if token.finish_reason is not None:
                 del self._answers[token.id]

@@ -15,17 +15,25 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class TokenText:
-    """One token that was drawn: how it reads, where in the answer, and its log-probability."""
+class Alternative:
+    """A token that may stand at some place: how it reads there, and its log-probability."""
 
     text: str
-    offset: int
     logprob: float
 
     @property
-    def data(self) -> list[int] | None:
-        """Its UTF-8 bytes, unknown where it is a part of a character."""
-        return None if BROKEN in self.text else list(self.text.encode())
+    def json(self) -> dict[str, Any]:
+        """As a chat tells it; the UTF-8 bytes are unknown where it is a part of a character."""
+        data = None if BROKEN in self.text else list(self.text.encode())
+        return {"token": self.text, "logprob": self.logprob, "bytes": data}
+
+
+@dataclass(frozen=True)
+class TokenText(Alternative):
+    """The token that was drawn, where in the answer it stands, and the likeliest at that place."""
+
+    offset: int
+    likeliest: tuple[Alternative, ...]
 
 
 @dataclass(frozen=True)
@@ -50,10 +58,11 @@ class Answer:
         """What is known with this piece more. A stop string ends the answer before its model
         does."""
         text, tokens = "", []
-        for token, logprob in zip(piece.tokens, piece.logprobs, strict=True):
-            # The token that ends an answer reads as nothing.
-            shown = "" if token in self._ends else self._stream.text([token])
-            tokens.append(TokenText(shown, self._offset, logprob))
+        told = piece.alternatives or [()] * len(piece.tokens)
+        for token, logprob, found in zip(piece.tokens, piece.logprobs, told, strict=True):
+            shown = self._text(token)
+            likeliest = tuple(Alternative(self._text(other), value) for other, value in found)
+            tokens.append(TokenText(shown, logprob, self._offset, likeliest))
             self._offset += len(shown)
             text += self._stream.add(token) if token not in self._ends else ""
             if self._stream.stopped:
@@ -61,6 +70,10 @@ class Answer:
         if piece.finish_reason is not None:
             text += self._stream.close()
         return Part(self._choice, text, tuple(tokens), piece.finish_reason)
+
+    def _text(self, token: int) -> str:
+        """How a token reads here; one that ends answers reads as nothing."""
+        return "" if token in self._ends else self._stream.text([token])
 
 
 @dataclass
@@ -172,14 +185,20 @@ class Format:
         if not self._asked.logprobs:
             return None
         if self._asked.chat:
-            content = [
-                {"token": t.text, "logprob": t.logprob, "bytes": t.data, "top_logprobs": []}
-                for t in tokens
-            ]
+            content = [t.json | {"top_logprobs": [x.json for x in t.likeliest]} for t in tokens]
             return {"content": content, "refusal": None}
+        asked = self._asked.sampling.alternatives > 0
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "text_offset": [t.offset for t in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [_by_text(t) for t in tokens] if asked else None,
         }
+
+
+def _by_text(token: TokenText) -> dict[str, float]:
+    """The likeliest tokens and the drawn one; of those that read alike the likeliest."""
+    found: dict[str, float] = {}
+    for one in (*token.likeliest, token):
+        found.setdefault(one.text, one.logprob)
+    return found

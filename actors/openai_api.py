@@ -214,6 +214,7 @@ def _whole(sample: Sample) -> Piece:
         tuple(sample.logprobs.tolist()),
         sample.finish_reason,
         sample.version,
+        sample.alternatives,
     )
 
 

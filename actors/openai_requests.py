@@ -29,12 +29,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
 }
 # They label a request for its sender, and change no answer.
 LABELS = ("metadata", "prompt_cache_key", "safety_identifier", "user")
 MOST_ANSWERS = 128
 MOST_STOPS = 16
+MOST_ALTERNATIVES = 20
 DEFAULT_COMPLETION = 16
 
 
@@ -113,9 +113,10 @@ class Body(BaseModel):
         prompting: Prompting,
         most: int | None,
         default: int,
-        logprobs: bool,
+        alternatives: int | None,
     ) -> Asked:
-        """most: the longest answer that is asked for. Raises `ApiError` where it does not fit."""
+        """most: the longest answer that is asked for. alternatives: to each token, None for no
+        log-probabilities at all. Raises `ApiError` where it does not fit."""
         if len(prompts) * self.n > MOST_ANSWERS:
             raise ApiError(
                 400,
@@ -143,11 +144,12 @@ class Body(BaseModel):
                 top_k=self.top_k,
                 max_new_tokens=most or min(default, room),
                 stop_ids=prompting.stop_ids,
+                alternatives=alternatives or 0,
             ),
             seed=secrets.randbits(62) if self.seed is None else self.seed,
             stop=self.stop,
             chat=isinstance(self, ChatBody),
-            logprobs=logprobs,
+            logprobs=alternatives is not None,
             stream=self.stream,
             include_usage=bool(self.stream_options and self.stream_options.include_usage),
         )
@@ -157,7 +159,7 @@ class CompletionBody(Body):
     """POST /v1/completions."""
 
     prompt: tuple[str, ...] | tuple[list[int], ...]
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] | None = None
 
     @field_validator("prompt", mode="plain")
     @classmethod
@@ -170,15 +172,6 @@ class CompletionBody(Body):
                 return tuple(found)
         raise ValueError("must be a text, a list of texts, token ids, or a list of token ids")
 
-    @field_validator("logprobs")
-    @classmethod
-    def _drawn_only(cls, given: int | None) -> int | None:
-        if given is not None and given > 1:
-            raise ValueError(
-                "alternatives to the tokens that were drawn are not computed; give 0 or 1"
-            )
-        return given
-
     def read(self, prompting: Prompting) -> Asked:
         """What is asked of the model. Raises `ApiError` for prompts that do not fit it."""
         prompts = []
@@ -189,9 +182,7 @@ class CompletionBody(Body):
                     if isinstance(prompt, str)
                     else prompting.check_ids(prompt)
                 )
-        return self.asked(
-            prompts, prompting, self.max_tokens, DEFAULT_COMPLETION, self.logprobs is not None
-        )
+        return self.asked(prompts, prompting, self.max_tokens, DEFAULT_COMPLETION, self.logprobs)
 
 
 class Turn(BaseModel):
@@ -232,6 +223,7 @@ class ChatBody(Body):
 
     messages: Annotated[list[Turn], Field(min_length=1)]
     logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_ALTERNATIVES)] = 0
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
@@ -239,6 +231,12 @@ class ChatBody(Body):
         given = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(given) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _alternatives_of_something(self) -> "ChatBody":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is for log-probabilities only; set logprobs to true")
         return self
 
     def read(self, prompting: Prompting) -> Asked:
@@ -254,7 +252,7 @@ class ChatBody(Body):
             prompting,
             self.max_completion_tokens or self.max_tokens,
             prompting.context,
-            self.logprobs,
+            self.top_logprobs if self.logprobs else None,
         )
 
 

@@ -9,6 +9,7 @@ import ray
 
 from cluster.weights import Version
 from llama2.batches import TokenSequence
+from llama2.generation.request import Alternatives
 
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -34,6 +35,8 @@ class Sample:
     version: Version
     finish_reason: Literal["stop", "length"]
     """Whether the answer ended by itself or at the length limit."""
+    alternatives: tuple[Alternatives, ...] = ()
+    """To each token, where they were asked for."""
 
     @property
     def finished(self) -> bool:
@@ -60,6 +63,8 @@ class Piece:
     logprobs: tuple[float, ...]
     finish_reason: Literal["stop", "length"] | None
     version: Version
+    alternatives: tuple[Alternatives, ...] = ()
+    """To each token, where they were asked for."""
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,11 @@ async def stream(
                 given += piece.tokens[known:]
                 if len(piece.tokens) > known or piece.finish_reason is not None:
                     yield Piece(
-                        piece.tokens[known:], piece.logprobs[known:], piece.finish_reason, version
+                        piece.tokens[known:],
+                        piece.logprobs[known:],
+                        piece.finish_reason,
+                        version,
+                        piece.alternatives[known:],
                     )
             return
         except LOST:

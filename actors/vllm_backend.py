@@ -2,8 +2,9 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from cluster.weights import Snapshot, Version
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.generation import Sampling, Token
-from llama2.generation.request import check_prompt
+from llama2.generation.request import Alternatives, check_prompt
 
 SEEDS = 1 << 63
 """vLLM's seeds are 64-bit integers, and -1 means none."""
@@ -58,7 +59,8 @@ class VllmBackend:
                 disable_log_stats=True,
             )
         )
-        self._running: set[str] = set()
+        self._running: dict[str, int] = {}
+        """Requests, with the alternatives that each asks for."""
         self._engine.collective_rpc("init_weight_transfer_engine", args=({},))
         self._try(folder)
 
@@ -86,12 +88,13 @@ class VllmBackend:
             stop_token_ids=list(sampling.stop_ids),
             ignore_eos=True,  # `stop_ids` names every token that ends an answer
             seed=seed % SEEDS,
-            logprobs=0,  # of the drawn token alone, before temperature and truncation
+            # Before temperature and truncation; the drawn token's in any case.
+            logprobs=sampling.alternatives,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
         self._engine.add_request(id, {"prompt_token_ids": list(prompt)}, parameters)
-        self._running.add(id)
+        self._running[id] = sampling.alternatives
 
     def step(self) -> list[Token]:
         """One pass through the model: the next token of every request whose prompt is computed.
@@ -112,17 +115,17 @@ class VllmBackend:
                     f"The model gives no number behind a token of request {output.request_id}; "
                     "its weights are damaged."
                 )
-            if answer.finish_reason:
-                self._running.remove(output.request_id)
-            found.append(
-                Token(output.request_id, token, entry[token].logprob, answer.finish_reason)
-            )
+            logprob, reason = entry[token].logprob, answer.finish_reason
+            told = _likeliest(entry, self._running[output.request_id])
+            found.append(Token(output.request_id, token, logprob, reason, told))
+            if reason:
+                del self._running[output.request_id]
         return found
 
     def cancel(self, id: str) -> None:
         """Give up a request; one that is unknown or has ended is left as it is."""
         if id in self._running:
-            self._running.remove(id)
+            del self._running[id]
             self._engine.abort_request([id])
 
     def load(self, snapshot: Snapshot) -> Version:
@@ -154,6 +157,12 @@ class VllmBackend:
                 f"vLLM has no attention for heads {self._model.head_width} wide on a CPU "
                 f"({folder}/config.json); choose --generator.backend own."
             ) from error
+
+
+def _likeliest(entry: Mapping[int, Any], count: int) -> Alternatives:
+    """Of what vLLM tells of a place, the `count` likeliest tokens: the drawn one is told too."""
+    ranked = sorted(entry.items(), key=lambda told: told[1].rank)
+    return tuple((token, told.logprob) for token, told in ranked[:count])
 
 
 def _check(folder: Path, config: GeneratorConfig) -> ModelConfig:

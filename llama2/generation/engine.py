@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llama2.generation.pages import Pages
 from llama2.generation.request import (
+    Alternatives,
     FinishReason,
     Request,
     Token,
@@ -88,12 +89,12 @@ class Engine:
         if not plan:
             return []
         drawing = [request for request, _ in plan if request.draws]
-        tokens, logprobs = self._runner.run(plan)
+        drawn = self._runner.run(plan)
         for request, count in plan:
             self._scheduler.computed(request, count)
         self.counters.steps += 1
         self.counters.drawn += len(drawing)
-        return [self._take(*row) for row in zip(drawing, tokens, logprobs, strict=True)]
+        return [self._take(*row) for row in zip(drawing, *drawn, strict=True)]
 
     def cancel(self, id: str) -> None:
         """Give up a request; one that is unknown or has ended is left as it is."""
@@ -135,13 +136,15 @@ class Engine:
                 self.cancel(id)
         return [_completion(tokens) for tokens in drawn.values()]
 
-    def _take(self, request: Request, token: int, logprob: float) -> Token:
+    def _take(
+        self, request: Request, token: int, logprob: float, alternatives: Alternatives
+    ) -> Token:
         if math.isnan(logprob):
             raise FloatingPointError(
                 f"The model gives no number behind token {len(request.tokens)} of request "
                 f"{request.id}; its weights are damaged."
             )
-        drawn = request.append(token, logprob)
+        drawn = request.append(token, logprob, alternatives)
         if drawn.finish_reason:
             del self._requests[request.id]
             self._scheduler.remove(request)

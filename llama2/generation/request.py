@@ -13,15 +13,20 @@ from llama2.generation.sampling import Sampling
 FinishReason = Literal["stop", "length"]
 
 
+Alternatives = tuple[tuple[int, float], ...]
+"""The likeliest tokens at one place of an answer, best first, with their log-probabilities."""
+
+
 @dataclass(frozen=True)
 class Token:
-    """A token of a request: its log-probability at temperature 1 without truncation, in nats, and,
-    with the last one, why it is the last."""
+    """A token of a request: its log-probability at temperature 1 without truncation, in nats; with
+    the last one, why it is the last; and the alternatives that the request asks for."""
 
     id: str
     token: int
     logprob: float
     finish_reason: FinishReason | None
+    alternatives: Alternatives = ()
 
 
 @dataclass(eq=False)
@@ -60,7 +65,7 @@ class Request:
         """The number that decides the next token."""
         return self.uniforms[len(self.tokens) - self.prompt_length]
 
-    def append(self, token: int, logprob: float) -> Token:
+    def append(self, token: int, logprob: float, alternatives: Alternatives = ()) -> Token:
         """Take the token that was drawn."""
         self.tokens.append(token)
         reason: FinishReason | None = None
@@ -68,7 +73,7 @@ class Request:
             reason = "stop"
         elif len(self.tokens) == self.limit:
             reason = "length"
-        return Token(self.id, token, logprob, reason)
+        return Token(self.id, token, logprob, reason, alternatives)
 
 
 def new_request(

@@ -12,8 +12,8 @@ from llama2.config import ModelConfig
 from llama2.generation.bag_cache import BagCache
 from llama2.generation.decoder import Cache, Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
-from llama2.generation.request import Request
-from llama2.generation.sampling import draw, settings
+from llama2.generation.request import Alternatives, Request
+from llama2.generation.sampling import draw, likeliest, settings
 from llama2.generation.varlen_cache import VarlenCache
 from llama2.model import Transformer
 
@@ -47,17 +47,19 @@ class Runner:
         self._decoder.weights_changed()
 
     @torch.inference_mode()
-    def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:
+    def run(
+        self, plan: list[tuple[Request, int]]
+    ) -> tuple[list[int], list[float], list[Alternatives]]:
         """Compute so many tokens of each request; the next token of those that draw one, in their
-        order, and its log-probability."""
+        order, its log-probability, and the alternatives to it that are asked for."""
         drawing = [request for request, _ in plan if request.draws]
         logits_RV = self._forward(plan)
         if not drawing:
-            return [], []
+            return [], [], []
         uniforms_R = torch.tensor([request.uniform for request in drawing], device=self._device)
         rows = settings([request.sampling for request in drawing], self._device)
         tokens_R, logprobs_R = self._sample(logits_RV, uniforms_R, rows)
-        return tokens_R.tolist(), logprobs_R.tolist()
+        return tokens_R.tolist(), logprobs_R.tolist(), _alternatives(drawing, logits_RV)
 
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
         spans = [Span(r.pages, r.computed, count, r.prefix <= 0) for r, count in plan]
@@ -79,6 +81,19 @@ class Runner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _alternatives(drawing: list[Request], logits_RV: Tensor) -> list[Alternatives]:
+    found: list[Alternatives] = [()] * len(drawing)
+    asking = [row for row, request in enumerate(drawing) if request.sampling.alternatives]
+    if asking:
+        counts = [drawing[row].sampling.alternatives for row in asking]
+        most = min(max(counts), logits_RV.shape[1])
+        tokens_RC, logprobs_RC = likeliest(logits_RV[asking], most)
+        told = zip(asking, counts, tokens_RC.tolist(), logprobs_RC.tolist(), strict=True)
+        for row, count, tokens, logprobs in told:
+            found[row] = tuple(zip(tokens[:count], logprobs[:count], strict=True))
+    return found
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

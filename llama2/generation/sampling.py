@@ -21,7 +21,9 @@ class Sampling:
     temperature: 0 takes the likeliest token. top_k: draw among that many likeliest tokens; 0 means
     all. top_p: of these, keep the smallest set of likeliest tokens with that much of their
     probability. max_new_tokens: length limit. stop_ids: tokens that end the answer, themselves
-    included. seed: draws are a function of it. Raises `ValueError` for values that make no sense.
+    included. seed: draws are a function of it. alternatives: how many of the likeliest tokens are
+    told, with their log-probabilities, beside each one that is drawn. Raises `ValueError` for
+    values that make no sense.
     """
 
     temperature: float = 1.0
@@ -30,6 +32,7 @@ class Sampling:
     max_new_tokens: int = 128
     stop_ids: tuple[int, ...] = (2,)
     seed: int = 0
+    alternatives: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -40,6 +43,8 @@ class Sampling:
             raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
+        if self.alternatives < 0:
+            raise ValueError(f"alternatives must be at least 0, not {self.alternatives}.")
 
 
 class Settings(NamedTuple):
@@ -76,12 +81,11 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, rows: Settings) -> tuple[Tensor,
     A token is found by inverting the cumulative distribution at one uniform number, in two steps:
     the block of tokens, then the token. So a draw costs little more than the softmax.
     """
-    probabilities_BV = torch.softmax(logits_BV, dim=-1, dtype=torch.float32)
+    probabilities_BV = _softmax(logits_BV)
     if rows.temperature_B is None:
         weights_BV = probabilities_BV
     else:
-        cooled_BV = logits_BV / rows.temperature_B[:, None]
-        weights_BV = torch.softmax(cooled_BV, dim=-1, dtype=torch.float32)
+        weights_BV = _softmax(logits_BV / rows.temperature_B[:, None])
     if rows.top_p_B is None or rows.top_k_B is None:
         tokens_B = _invert(weights_BV, uniforms_B)
     else:
@@ -90,6 +94,22 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, rows: Settings) -> tuple[Tensor,
         tokens_B = torch.where(rows.greedy_B, logits_BV.argmax(dim=-1), tokens_B)
     chosen_B = probabilities_BV.gather(1, tokens_B[:, None])[:, 0]
     return tokens_B, _log(chosen_B, logits_BV, tokens_B)
+
+
+def likeliest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest token ids of each row, best first, and their log-probabilities at
+    temperature 1, in nats: [B, count] each."""
+    wide_BV = logits_BV.float()
+    found = wide_BV.topk(count)
+    return found.indices, found.values - wide_BV.logsumexp(dim=-1, keepdim=True)
+
+
+def _softmax(logits_BV: Tensor) -> Tensor:
+    """In float32."""
+    if logits_BV.device.type == "cpu":  # in place: a pass over memory costs as much as the numbers
+        wide_BV = logits_BV.to(torch.float32, copy=True)
+        return torch.softmax(wide_BV, dim=-1, out=wide_BV)
+    return torch.softmax(logits_BV, dim=-1, dtype=torch.float32)
 
 
 def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:

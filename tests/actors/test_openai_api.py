@@ -162,6 +162,55 @@ def test_streams_are_the_whole_answers_in_parts(
         assert len(chunks) > 2 * n + 1
 
 
+@pytest.mark.parametrize("stop", [None, ["no such text"]])  # whole samples, and pieces
+def test_alternatives_are_the_likeliest_by_the_forward_pass(
+    server: Endpoint, client: OpenAI, stop: list[str] | None
+) -> None:
+    decode = server.prompting.tokenizer.decode
+    prompt = server.prompting.encode_text("who is")
+    sent: Any = {**DRAWN, "prompt": [prompt], "temperature": 2, "logprobs": 3, "stop": stop}
+    found = client.completions.create(**sent).choices[0].logprobs
+    model = checkpoint.load(server.folder)
+    sampling = Sampling(2, max_new_tokens=12, stop_ids=server.prompting.stop_ids)
+    (drawn,) = Engine(model).generate([prompt], sampling, [sample_seed(5, 0)])
+    with torch.no_grad():
+        log_probs_TV = model(torch.tensor([prompt + drawn.tokens]))[0].log_softmax(-1)
+    assert found is not None
+    assert found.top_logprobs is not None
+    assert found.token_logprobs is not None
+    for place, (token, told) in enumerate(zip(drawn.tokens, found.top_logprobs, strict=True)):
+        best = log_probs_TV[len(prompt) - 1 + place].topk(3)
+        before = decode(prompt + drawn.tokens[:place])
+        for id, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            text = decode([*prompt, *drawn.tokens[:place], id])[len(before) :]
+            if id not in server.prompting.stop_ids and "\ufffd" not in before + text:
+                assert told[text] >= value - 1e-4  # of two that read alike the likelier is told
+        drawn_value = float(log_probs_TV[len(prompt) - 1 + place, token])
+        assert min(told.values()) <= drawn_value + 1e-4
+        assert max(told.values()) == pytest.approx(float(best.values[0]), abs=1e-4)
+        assert found.token_logprobs[place] == pytest.approx(drawn_value, abs=1e-4)
+
+
+def test_a_chat_tells_alternatives_best_first(client: OpenAI) -> None:
+    sent: Any = {**GREEDY, "messages": CHAT, "logprobs": True, "top_logprobs": 4}
+    whole = client.chat.completions.create(**sent).choices[0].logprobs
+    chunks = client.chat.completions.create(stream=True, **sent)
+    assert whole is not None
+    assert whole.content
+    for token in whole.content:
+        assert len(token.top_logprobs) == 4
+        values = [x.logprob for x in token.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert (token.token, token.bytes) == (
+            token.top_logprobs[0].token, token.top_logprobs[0].bytes,
+        )  # fmt: skip
+        assert token.logprob == pytest.approx(values[0], abs=1e-4)
+    streamed = [x for c in chunks for ch in c.choices if ch.logprobs for x in ch.logprobs.content]
+    assert [[x.token for x in t.top_logprobs] for t in streamed] == [
+        [x.token for x in t.top_logprobs] for t in whole.content
+    ]
+
+
 def test_completions_stream_too(client: OpenAI) -> None:
     options: Any = {**DRAWN, "prompt": ["the", "who is"], "n": 2, "logprobs": 1}
     whole = client.completions.create(**options)
@@ -250,7 +299,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": [310]}, "prompt", "outside the vocabulary of 310"),
     ({"prompt": [-1]}, "prompt", "outside the vocabulary"),
     ({"prompt": "the cat " * 60}, "prompt", f"context of {CONTEXT}"),
-    ({"logprobs": 5}, "logprobs", "give 0 or 1"),
+    ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
     ({"echo": True}, "echo", "is not supported here but as false"),
     ({"best_of": 4}, "best_of", "is not supported here"),
     ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported here"),
@@ -301,7 +350,8 @@ def test_dialogues_that_are_refused(
 def test_chat_parameters_that_are_refused(server: Endpoint) -> None:
     for changes, message in (
         ({"tools": [{"type": "function"}]}, "tools is not supported"),
-        ({"top_logprobs": 3, "logprobs": True}, "top_logprobs is not supported here but as 0"),
+        ({"top_logprobs": 3}, "set logprobs to true"),
+        ({"top_logprobs": 21, "logprobs": True}, "less than or equal to 20"),
         ({"response_format": {"type": "json_object"}}, "response_format is not supported"),
         ({"max_completion_tokens": 3}, "differ; give one of them"),
     ):

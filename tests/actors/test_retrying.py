@@ -39,7 +39,8 @@ class Replicas:
             async def __aiter__(self) -> AsyncIterator[Piece]:
                 for tokens in found[:-1]:
                     logprobs = tuple(-float(token) for token in tokens)
-                    yield Piece(tuple(tokens), logprobs, None, Version(3, "x"))
+                    told = tuple(((token, -1.0),) for token in tokens)
+                    yield Piece(tuple(tokens), logprobs, None, Version(3, "x"), told)
                 if found[-1] == "lost":
                     raise EngineFailed("gone")
                 yield Piece((), (), found[-1], Version(3, "x"))
@@ -68,6 +69,8 @@ def test_what_came_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     found = pieces_of(replicas, monkeypatch)
     assert [piece.tokens for piece in found] == [(5, 6), (7,), (8,), (9,), ()]
     assert [piece.logprobs for piece in found] == [(-5, -6), (-7,), (-8,), (-9,), ()]
+    for piece in found:
+        assert [told[0][0] for told in piece.alternatives] == list(piece.tokens)
     assert found[-1].finish_reason == "stop"
 
 

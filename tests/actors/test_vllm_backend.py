@@ -156,6 +156,23 @@ def test_logprobs_are_of_temperature_1_without_truncation(
         assert found.logprobs == pytest.approx(expected, abs=1e-4)
 
 
+def test_alternatives_are_the_likeliest(backend: VllmBackend, model: Transformer) -> None:
+    sampling = Sampling(temperature=3.0, max_new_tokens=6, stop_ids=())
+    asked = [0, 1, 4, 20]
+    for i, (prompt, count) in enumerate(zip(PROMPTS, asked, strict=True)):
+        backend.submit(str(i), prompt, replace(sampling, alternatives=count), i)
+    found = finish(backend)
+    for i, (prompt, count) in enumerate(zip(PROMPTS, asked, strict=True)):
+        answer = [token.token for token in found[str(i)]]
+        with torch.no_grad():
+            logprobs_TV = model(torch.tensor([[*prompt, *answer]]))[0].log_softmax(-1)
+        for place, token in enumerate(found[str(i)]):
+            best = logprobs_TV[len(prompt) - 1 + place].topk(count)
+            assert [id for id, _ in token.alternatives] == best.indices.tolist()
+            told = [value for _, value in token.alternatives]
+            assert told == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
 def test_draws_follow_the_distribution(backend: VllmBackend, model: Transformer) -> None:
     """Chi-square of 1,600 first tokens, under temperature and both truncations."""
     sampling = Sampling(temperature=1.5, top_p=0.8, top_k=6, max_new_tokens=1, stop_ids=())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
-from llama2.generation import Engine, Sampling
+from llama2.generation import Engine, Sampling, Token
 from llama2.generation.product import Product
 from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
@@ -60,6 +60,28 @@ def test_logprobs_equal_the_trainers(model: Transformer) -> None:
         logprobs = model(tokens[:, :-1], targets_BT=targets)
         found = torch.tensor(completion.logprobs)
         torch.testing.assert_close(found, logprobs.detach(), atol=1e-4, rtol=0)
+
+
+def test_alternatives_are_the_likeliest_and_change_nothing(model: Transformer) -> None:
+    engine = Engine(model)
+    plain = engine.generate(PROMPTS, Sampling(max_new_tokens=9, stop_ids=()), seeds=range(5))
+    asked = [0, 3, 0, 100, 1]  # beside each other in one batch; 100 are more than there are
+    for i, (prompt, count) in enumerate(zip(PROMPTS, asked, strict=True)):
+        sampling = Sampling(max_new_tokens=9, stop_ids=(), alternatives=count)
+        engine.submit(str(i), prompt, sampling, seed=i)
+    found: dict[str, list[Token]] = {str(i): [] for i in range(5)}
+    while engine.busy:
+        for token in engine.step():
+            found[token.id].append(token)
+    for i, (prompt, count) in enumerate(zip(PROMPTS, asked, strict=True)):
+        assert [t.token for t in found[str(i)]] == plain[i].tokens
+        assert [t.logprob for t in found[str(i)]] == pytest.approx(plain[i].logprobs, abs=1e-5)
+        log_probs_TV = model(torch.tensor([prompt + plain[i].tokens]))[0].log_softmax(-1)
+        for place, token in enumerate(found[str(i)]):
+            best = log_probs_TV[len(prompt) - 1 + place].topk(min(count, CONFIG.vocab_size))
+            assert [id for id, _ in token.alternatives] == best.indices.tolist()
+            told = torch.tensor([value for _, value in token.alternatives])
+            torch.testing.assert_close(told, best.values, atol=1e-4, rtol=0)
 
 
 def test_logprobs_agree_in_bfloat16() -> None:
@@ -208,7 +230,14 @@ def test_bad_prompts(model: Transformer, prompts: list[list[int]], message: str)
 
 
 @pytest.mark.parametrize(
-    "options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}]
+    "options",
+    [
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"alternatives": -1},
+    ],
 )
 def test_bad_sampling(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -12,7 +12,7 @@ from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
 from llama2.generation import Completion, Engine, Sampling, Token, bag_cache
 from llama2.generation.bag_cache import BagCache
-from llama2.generation.request import Request
+from llama2.generation.request import Alternatives, Request
 from llama2.model import Transformer, initialize
 
 CONFIG = ModelConfig(
@@ -61,7 +61,9 @@ class StandIn:
     def weights_changed(self) -> None:
         """It has none."""
 
-    def run(self, plan: list[tuple[Request, int]]) -> tuple[list[int], list[float]]:
+    def run(
+        self, plan: list[tuple[Request, int]]
+    ) -> tuple[list[int], list[float], list[Alternatives]]:
         for request, count in plan:
             end = request.computed + count
             for i, slot in list(enumerate(self.slots(request, end)))[request.computed :]:
@@ -72,7 +74,7 @@ class StandIn:
             following([self.memory[slot] for slot in self.slots(request, len(request.tokens))])
             for request in drawing
         ]
-        return found, [0.0] * len(found)
+        return found, [0.0] * len(found), [()] * len(found)
 
 
 def expected(prompt: list[int], longest: int) -> list[int]:
