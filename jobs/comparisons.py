@@ -61,7 +61,7 @@ def main(config: ComparisonsConfig) -> None:
         return
     cast = find_cast(config, scored=False)
     variant = cast if config.variant is None else Cast(config.variant.absolute(), None)
-    prompting = Prompting.read(variant.policy)
+    prompting = cast.prompting if variant is cast else Prompting.read(variant.policy)
     if run.config.exists():
         check_annotator(run, config.annotations)
     prompts = read_prompts(config, config.prompts)
@@ -71,7 +71,9 @@ def main(config: ComparisonsConfig) -> None:
             "file for people's ratings with --annotations."
         )
     drawn, too_long = draw(prompts.prompts, config.num_prompts, config.seed, cast.prompting)
-    both = [(i, prompt) for i, prompt in drawn if fits(prompt.messages, prompting)]
+    both = drawn
+    if variant is not cast:
+        both = [(i, prompt) for i, prompt in drawn if fits(prompt.messages, prompting)]
     if not both:
         raise ValueError(
             f"No prompt leaves room for an answer of {variant.policy}; give shorter ones."
