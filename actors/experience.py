@@ -22,16 +22,16 @@ from llama2.rewards import token_rewards
 
 @dataclass(frozen=True)
 class ExperienceBatch:
-    """A micro-batch. The last four tensors are filled in later."""
+    """A micro-batch. The last five tensors are filled in later."""
 
     tokens_BT: Tensor
     segments_BT: Tensor
     targets_BT: Tensor
     sampled_logprobs_BT: Tensor
-    reference_logprobs_BT: Tensor
     scores_B: Tensor
     slots_B: Tensor
     """Numbers of the samples in the iteration's batch."""
+    reference_logprobs_BT: Tensor
     old_logprobs_BT: Tensor
     values_BT: Tensor
     advantages_BT: Tensor
@@ -52,23 +52,31 @@ def collate(experiences: Sequence[Experience], device: torch.device) -> Experien
     batch = pack([[e.sample.sequence] for e in experiences]).to(device)
     mask_BT = batch.targets_BT != IGNORE
     empty = torch.zeros(mask_BT.shape, device=device)
-
-    def spread(parts: Sequence[FloatArray]) -> Tensor:
-        return empty.masked_scatter(mask_BT, torch.from_numpy(np.concatenate(parts)).to(device))
-
-    return ExperienceBatch(
+    collated = ExperienceBatch(
         batch.tokens_BT,
         batch.segments_BT,
         batch.targets_BT,
-        sampled_logprobs_BT=spread([e.sample.logprobs for e in experiences]),
-        reference_logprobs_BT=spread([e.reference_logprobs for e in experiences]),
+        sampled_logprobs_BT=empty,
         scores_B=torch.tensor([e.score for e in experiences], device=device),
         slots_B=torch.tensor([e.slot for e in experiences], device=device),
+        reference_logprobs_BT=empty,
         old_logprobs_BT=empty,
         values_BT=empty,
         advantages_BT=empty,
         returns_BT=empty,
     )
+    sampled_BT = _spread(collated, [e.sample.logprobs for e in experiences])
+    return replace(collated, sampled_logprobs_BT=sampled_BT)
+
+
+def with_reference(batch: ExperienceBatch, experiences: Sequence[Experience]) -> ExperienceBatch:
+    """Of a batch of these samples: with the reference's log-probabilities, once they are there."""
+    reference_BT = _spread(batch, [e.reference_logprobs() for e in experiences])
+    return replace(batch, reference_logprobs_BT=reference_BT)
+
+
+def _spread(batch: ExperienceBatch, parts: Sequence[FloatArray]) -> Tensor:
+    return batch.spread(torch.from_numpy(np.concatenate(parts)).to(batch.tokens_BT.device))
 
 
 def with_advantages(
@@ -78,7 +86,7 @@ def with_advantages(
     lam: float,
     estimator: Estimator = "k1",
 ) -> ExperienceBatch:
-    """Of a batch with old log-probabilities and values: rewards from scores and KL, then advantages
+    """Of a batch with all log-probabilities and values: rewards from scores and KL, then advantages
     (not yet whitened) and returns."""
     divergence_BT = ESTIMATORS[estimator](batch.old_logprobs_BT, batch.reference_logprobs_BT)
     rewards_BT = token_rewards(batch.scores_B, divergence_BT, batch.mask_BT, kl_coefficient)
@@ -102,7 +110,7 @@ def with_group_advantages(
     kl_coefficient: float,
     estimator: Estimator,
 ) -> MiniBatches:
-    """Of batches with old log-probabilities: each answer's score less its KL penalty, compared with
+    """Of batches with all log-probabilities: each answer's score less its KL penalty, compared with
     the other answers to its prompt, as the advantage of all its tokens (collective).
 
     A group's answers may lie in any minibatches and on any workers.

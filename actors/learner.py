@@ -25,6 +25,7 @@ from actors.experience import (
     whiten_advantages,
     with_advantages,
     with_group_advantages,
+    with_reference,
 )
 from actors.identity import identity
 from actors.measures import UpdateSums
@@ -156,9 +157,14 @@ class Learner:
         """Micro-batches of the samples of each minibatch, with advantages over the global batch
         (collective)."""
         ppo, size = self.task.ppo, self.task.micro_batch_size
+        parts = [
+            [rows[start : start + size] for start in range(0, len(rows), size)] for rows in samples
+        ]
+        # While the reference may still be at work.
+        observed = [[self._observed(rows) for rows in part] for part in parts]
         minibatches = [
-            [self._observed(rows[start : start + size]) for start in range(0, len(rows), size)]
-            for rows in samples
+            [with_reference(batch, rows) for batch, rows in zip(*both, strict=True)]
+            for both in zip(observed, parts, strict=True)
         ]
         coefficient = self.kl_coefficient if ppo.kl_place == "reward" else 0.0
         if self.value is None:

@@ -3,6 +3,7 @@
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ import torch.distributed
 from actors.export import export
 from actors.learner import Learner, LearnTask, make_learner
 from actors.measures import measure
-from actors.records import Experience, MiniBatch, Share
+from actors.records import Experience, Place, ReferenceLogprobs, Share
 from cluster import training
 from cluster.checkpoints import Checkpoints
 from cluster.tracking import Tracker
@@ -85,22 +86,22 @@ def _learn_once(learner: Learner, version: Version) -> dict[str, float]:
 
 
 def gather(share: Share) -> list[list[Experience]]:
-    """Fetch a share's chunks and pick its samples from them, minibatch by minibatch."""
+    """Fetch a share's chunks and pick its samples from them, minibatch by minibatch. What the
+    reference says of them is waited for where it is used."""
     rollouts = ray.get(share.rollouts)
-    references = ray.get(share.references)
 
-    def experience(minibatch: MiniBatch) -> list[Experience]:
-        return [
-            Experience(
-                rollouts[place.chunk].samples[place.row],
-                references[place.chunk].logprobs[place.row],
-                place.score,
-                place.slot,
-            )
-            for place in minibatch.places
-        ]
+    @cache
+    def reference(chunk: int) -> ReferenceLogprobs:
+        found: ReferenceLogprobs = ray.get(share.references[chunk])
+        return found
 
-    return [experience(minibatch) for minibatch in share.minibatches]
+    def experience(place: Place) -> Experience:
+        sample = rollouts[place.chunk].samples[place.row]
+        return Experience(
+            sample, lambda: reference(place.chunk).logprobs[place.row], place.score, place.slot
+        )
+
+    return [[experience(place) for place in part.places] for part in share.minibatches]
 
 
 def _tracker(task: LearnTask, first_step: int) -> Tracker:

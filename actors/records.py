@@ -1,6 +1,7 @@
 """What the roles hand each other. Large parts travel as object references, inside lists so that Ray
 passes them on without fetching them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,7 +137,8 @@ class Experience:
     """A sample as the learner sees it."""
 
     sample: Sample
-    reference_logprobs: FloatArray
+    reference_logprobs: Callable[[], FloatArray]
+    """Asked for late, since the reference may still be at work on them."""
     score: float
     slot: int = 0
     """Its number in the iteration's batch."""

@@ -44,6 +44,7 @@ from llama2.schedules import Schedule
 from llama2.shards import Manifest, ShardWriter
 from llama2.sources import WorldSource
 from llama2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from tests.actors.small_learning import experience
 from tests.conftest import group
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -181,7 +182,7 @@ def samples() -> list[list[Experience]]:
                     str(len(found)), tokens[:prompt], tokens[prompt:], logprobs.numpy(),
                     Version(0, ""), finish_reason="stop",
                 )  # fmt: skip
-                found.append(Experience(sample, logprobs.numpy(), score))
+                found.append(experience(sample, logprobs.numpy(), score))
     assert len(found) == 32
     return [found[start : start + 8] for start in range(0, 32, 8)]
 

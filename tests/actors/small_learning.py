@@ -11,7 +11,16 @@ import numpy as np
 import torch
 
 from actors.learner import LearnTask
-from actors.records import Experience, MiniBatch, Place, ReferenceLogprobs, Rollout, Sample, Share
+from actors.records import (
+    Experience,
+    FloatArray,
+    MiniBatch,
+    Place,
+    ReferenceLogprobs,
+    Rollout,
+    Sample,
+    Share,
+)
 from cluster.engine import EngineConfig
 from cluster.run_directory import RunDirectory
 from cluster.weights import Version
@@ -45,8 +54,13 @@ def experiences(root: Path, iteration: int) -> list[Experience]:
         sample = replace(sample, logprobs=logprobs)
         # The reference is told to differ a little, so that a KL is there from the start.
         told = logprobs + 0.1 * random.standard_normal(len(logprobs)).astype(np.float32)
-        found.append(Experience(sample, told, float(random.standard_normal()), slot))
+        found.append(experience(sample, told, float(random.standard_normal()), slot))
     return found
+
+
+def experience(sample: Sample, told: FloatArray, score: float, slot: int = 0) -> Experience:
+    """With a reference that has finished."""
+    return Experience(sample, lambda: told, score, slot)
 
 
 def share(root: Path, iteration: int, rank: int, world: int) -> Share:
@@ -61,7 +75,7 @@ def share(root: Path, iteration: int, rank: int, world: int) -> Share:
         total = sum(len(made[slot].sample.response) for slot in members)
         minibatches.append(MiniBatch(places, total))
     rollout: Any = Rollout(tuple(e.sample for e in made), 0.0)
-    reference: Any = ReferenceLogprobs((), tuple(e.reference_logprobs for e in made))
+    reference: Any = ReferenceLogprobs((), tuple(e.reference_logprobs() for e in made))
     return Share(iteration, SAMPLES, [rollout], [reference], tuple(minibatches), {})
 
 

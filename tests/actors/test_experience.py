@@ -5,7 +5,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from actors.experience import collate, whiten_advantages, with_advantages
+from actors.experience import (
+    ExperienceBatch,
+    collate,
+    whiten_advantages,
+    with_advantages,
+    with_reference,
+)
 from actors.records import Experience, Sample
 from actors.reference import by_length
 from cluster import training
@@ -21,7 +27,11 @@ def experience(prompt: list[int], response: list[int], score: float) -> Experien
         version=Version(0, "x"),
         finish_reason="stop",
     )
-    return Experience(sample, -np.ones(len(response), dtype=np.float32), score)
+    return Experience(sample, lambda: -np.ones(len(response), dtype=np.float32), score)
+
+
+def told(*experiences: Experience) -> ExperienceBatch:
+    return with_reference(collate(experiences, torch.device("cpu")), experiences)
 
 
 def test_answers_lie_where_they_are_predicted() -> None:
@@ -35,7 +45,7 @@ def test_answers_lie_where_they_are_predicted() -> None:
 
 
 def test_rewards_and_advantages_of_one_sample() -> None:
-    batch = collate([experience([1, 5, 6], [7, 2], 3.0)], torch.device("cpu"))
+    batch = told(experience([1, 5, 6], [7, 2], 3.0))
     old = torch.tensor([[0.0, 0.0, -0.5, -2.0]])
     values = torch.tensor([[0.0, 0.0, 0.25, 1.0]])
     batch = replace(batch, old_logprobs_BT=old, values_BT=values)
@@ -51,7 +61,7 @@ def test_whitening_spans_all_minibatches(monkeypatch) -> None:  # type: ignore[n
     monkeypatch.setattr(training, "all_reduce", lambda sums: sums)
     batches = []
     for score in (2.0, -1.0, 0.5):
-        batch = collate([experience([1, 4], [5, 6, 2], score)], torch.device("cpu"))
+        batch = told(experience([1, 4], [5, 6, 2], score))
         zeros = torch.zeros_like(batch.sampled_logprobs_BT)
         batch = replace(batch, old_logprobs_BT=zeros - 1)
         batches.append(with_advantages(batch, 0.1, 1.0, 0.9))

@@ -88,7 +88,7 @@ def test_the_baseline_is_that_of_the_whole_group(root: Path) -> None:
     made = experiences(root, 0)
     assert len({batch.slots_B[0].item() // 3 for batch in found[0]}) > 1
     rewards = torch.tensor(
-        [e.score - BETA * float((e.sample.logprobs - e.reference_logprobs).sum()) for e in made]
+        [e.score - BETA * float((e.sample.logprobs - e.reference_logprobs()).sum()) for e in made]
     )
     expected = leave_one_out(rewards, 3)
     seen = 0
