@@ -16,8 +16,8 @@ from tests.results.experiment import Experiment, Json, Results, Shown, gain, mai
 from tests.results.plots import Plot, Spot
 
 COEFFICIENTS = (0.0, 0.1)
-ITERATIONS, EVERY = 36, 6
-HELD_OUT = 512
+ITERATIONS, EVERY = 24, 4
+HELD_OUT = 384
 RATE = 3e-4
 """Higher than the preset's, so that so few iterations come far enough to see a turn."""
 
