@@ -14,7 +14,7 @@ from cluster.run_directory import RunDirectory
 from jobs import rlhf
 from jobs.presets import Preset, tiny
 from jobs.rlhf_config import RlhfConfig
-from llama2.evaluation import mean_of
+from llama2.evaluation import mean_of, side_by_side
 from tests.results import world
 from tests.results.experiment import (
     Experiment,
@@ -77,7 +77,7 @@ def gold(results: Results, version: str) -> list[float]:
 
 
 def show(results: Results) -> Shown:
-    """A table of versions, and plots of their gold score and win rate."""
+    """A table of versions, and a plot of their gold score."""
     names = list(next(iter(results.values()))["versions"])
     base, beside = (
         [one["gold"] for found in results.values() for one in found[key]]
@@ -96,6 +96,10 @@ def show(results: Results) -> Shown:
             row["win rate against base"] = wins(base, beside)
         else:
             row["win rate against SFT"] = wins(before[names[0]], values)
+            alone = [{seed: found} for seed, found in results.items()]
+            row["win rate by seed, %"] = by_seed(
+                [side_by_side(gold(f, name), gold(f, names[0])).rate.value for f in alone]
+            )
             row["gold score, change from the version before"] = gain(
                 before[names[place - 1]], values
             )
