@@ -70,8 +70,7 @@ class BagCache:
         layers, groups, width = config.num_hidden_layers, self.groups, self.width
         self._keys = _zeros((layers, pages, groups, width, PAGE), dtype).to(device)
         self._values = _zeros((layers, pages, groups, PAGE, width), dtype).to(device)
-        # Where the batch's keys and values go, in a layer's keys and vectors of values.
-        self._keys_to = self._values_to = torch.empty(0, dtype=torch.long)
+        self._page_N = self._offset_N = torch.empty(0, dtype=torch.long)
         self._decoding: list[tuple[int, ...]] = []
         self._tiles: _Tiles | None = None
         self._hidden = torch.empty(0)
@@ -97,11 +96,8 @@ class BagCache:
                 *(_slots(span) for span in chunks),
             )
         )
-        page_N1, offset_N1 = np.divmod(slots[:, None], PAGE)
-        group_NG = page_N1 * self.groups + np.arange(self.groups)
-        key_NGK = group_NG[:, :, None] * self.width + np.arange(self.width)
-        self._values_to = self._tensor((group_NG * PAGE + offset_N1).ravel())
-        self._keys_to = self._tensor((key_NGK * PAGE + offset_N1[:, :, None]).ravel())
+        page_N, offset_N = np.divmod(slots, PAGE)
+        self._page_N, self._offset_N = self._tensor(page_N), self._tensor(offset_N)
         decoding = [tuple(span.pages) for span in singles]
         if decoding != self._decoding:  # not in most steps, since a page lasts for many
             self._decoding, self._tiles = decoding, self._lay(decoding) if decoding else None
@@ -116,9 +112,8 @@ class BagCache:
         see, [N, H, K]."""
         keys, values = self._keys[layer], self._values[layer]
         key_NGK, value_NGK = key_value_NGK.split(self.groups, dim=1)
-        # By one index each: torch is half as fast at several beside slices.
-        keys.view(-1)[self._keys_to] = key_NGK.reshape(-1)
-        values.view(-1, self.width).index_copy_(0, self._values_to, value_NGK.flatten(0, 1))
+        keys[self._page_N, :, :, self._offset_N] = key_NGK
+        values[self._page_N, :, self._offset_N] = value_NGK
         parts = []
         scaled_NHK = query_NHK * self.width**-0.5
         if self._tiles is not None:

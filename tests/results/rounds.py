@@ -84,21 +84,18 @@ def show(results: Results) -> Shown:
         for key in ("base", "SFT beside base")
     )
     rows = [{"version": "base", "gold score": number(base)}]
+    alone = [{seed: found} for seed, found in results.items()]
     before: dict[str, Sequence[float]] = {}
     for place, name in enumerate(names):
         values = gold(results, name)
         row = {"version": name, "gold score": number(values)}
-        row["by seed"] = by_seed(
-            [mean_of([one["gold"] for one in f["versions"][name]]).value for f in results.values()],
-            1, 3,
-        )  # fmt: skip
+        row["by seed"] = by_seed([mean_of(gold(one, name)).value for one in alone], 1, 3)
         if place == 0:
             row["win rate against base"] = wins(base, beside)
         else:
             row["win rate against SFT"] = wins(before[names[0]], values)
-            alone = [{seed: found} for seed, found in results.items()]
             row["win rate by seed, %"] = by_seed(
-                [side_by_side(gold(f, name), gold(f, names[0])).rate.value for f in alone]
+                [side_by_side(gold(one, name), gold(one, names[0])).rate.value for one in alone]
             )
             row["gold score, change from the version before"] = gain(
                 before[names[place - 1]], values
