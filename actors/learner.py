@@ -75,6 +75,8 @@ class LearnTask:
     patience: int = 0
     """Evaluations without a better held-out reward after which training ends; 0 never does."""
     seed: int = 0
+    scoring_threads: int = 0
+    """CPU threads that the reference takes beside the learner's own passes."""
 
 
 @dataclass
@@ -160,8 +162,9 @@ class Learner:
         parts = [
             [rows[start : start + size] for start in range(0, len(rows), size)] for rows in samples
         ]
-        # While the reference may still be at work.
-        observed = [[self._observed(rows) for rows in part] for part in parts]
+        # The reference may still be at work; with more threads than processors all would be slow.
+        with training.sparing_threads(self.task.scoring_threads):
+            observed = [[self._observed(rows) for rows in part] for part in parts]
         minibatches = [
             [with_reference(batch, rows) for batch, rows in zip(*both, strict=True)]
             for both in zip(observed, parts, strict=True)

@@ -9,7 +9,8 @@ import logging
 import math
 import random
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,6 +114,17 @@ class _Loop:
                 record = {"error": kind, "sentence": str(_original(error))}
                 write_atomically(self.failure, json.dumps(record, ensure_ascii=False))
             raise
+
+
+@contextmanager
+def sparing_threads(count: int) -> Iterator[None]:
+    """Let this worker's CPU operations take `count` threads fewer, but at least one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _original(error: BaseException) -> BaseException:

@@ -325,6 +325,7 @@ def _learn_task(
     generators: Any,
 ) -> LearnTask:
     updates = config.iterations * config.batch_size // config.minibatch_size
+    scoring = 0 if config.learner.gpus else config.reference.count * config.reference.threads
     return LearnTask(
         run=run,
         policy=models.policy,
@@ -348,6 +349,7 @@ def _learn_task(
         timeout=config.timeout,
         patience=config.patience,
         seed=config.seed,
+        scoring_threads=scoring,
     )
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from actors.experience import collate, with_group_advantages
+from actors.experience import ExperienceBatch, collate, with_group_advantages
 from actors.learner import Learner, LearnTask, make_learner
 from actors.learning import gather, learn
 from actors.measures import measure
+from actors.value import Value
 from cluster import training
 from cluster.run_directory import RunDirectory, read_json_lines
 from cluster.weights import Version
@@ -99,6 +100,30 @@ def test_the_baseline_is_that_of_the_whole_group(root: Path) -> None:
             torch.testing.assert_close(mine, expected[slot].expand(len(mine)), atol=1e-5, rtol=0)
             seen += 1
     assert seen == len(made)
+    close(learner)
+
+
+@ALONE
+@pytest.mark.parametrize(("scoring", "expected"), [(0, 3), (1, 2), (5, 1)])
+def test_its_own_passes_leave_the_threads_of_the_reference_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, scoring: int, expected: int
+) -> None:
+    learner = started(learn_task(root, "threads", PPOSettings(), scoring_threads=scoring))
+    found = []
+
+    def values(self: Value, batch: ExperienceBatch) -> Tensor:
+        found.append(torch.get_num_threads())
+        return torch.zeros_like(batch.sampled_logprobs_BT)
+
+    monkeypatch.setattr(Value, "values", values)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        learner.experience(gather(share(root, 0, 0, 1)))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(found) == {expected}
     close(learner)
 
 

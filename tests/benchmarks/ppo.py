@@ -87,7 +87,7 @@ def config(root: Path, iterations: int, threads: int) -> PPOConfig:
         batch_size=SAMPLES, minibatch_size=MINIBATCH, micro_batch_size=MINIBATCH,
         max_new_tokens=TOKENS, eval_every=10_000, save_every=10_000, lr=1e-6, value_lr=1e-6,
         engine=EngineConfig(zero_stage=1, precision="bfloat16"), learner=both,
-        generator=GeneratorConfig(cpus=0.2, threads=threads),
+        generator=GeneratorConfig(count=2, cpus=0.1),
         # Reference and reward model score at the same time.
         reference=Workers(cpus=0.2), rewards=Workers(cpus=0.1),
         cluster=ClusterConfig(local_cpus=2),
