@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -27,6 +28,8 @@ from llama2.tokenizer import load_tokenizer
 from tests.actors.small_tasks import tokenizer_folder
 
 CONTEXT = 96
+CHAT: Any = [{"role": "user", "content": "the cat"}]
+GREEDY: Any = {"model": "tiny", "temperature": 0, "max_tokens": 12}
 
 
 def model_folder(folder: Path) -> Path:
