@@ -45,18 +45,22 @@ CONTEXT = 512
 
 @dataclass(frozen=True)
 class Recipe:
-    """What may be searched over, on groups that are not the last one; each is an option."""
+    """What may be searched over, on groups that are not the last one; each is an option.
+
+    The defaults were chosen on the group before the last.
+    """
 
     vocabulary: int = 2048
     hidden: int = 192
     layers: int = 4
     pretrain_epochs: float = 2.0
     pretrain_lr: float = 2e-3
-    sft_epochs: float = 1.0
+    sft_epochs: float = 0.0
+    """On the chosen answers, before the pairs."""
     sft_lr: float = 5e-4
-    reward_epochs: float = 2.0
-    reward_lr: float = 5e-4
-    reward_rows: int = 32
+    reward_epochs: float = 1.0
+    reward_lr: float = 3e-4
+    reward_rows: int = 16
 
     @property
     def names(self) -> dict[str, str]:
@@ -268,11 +272,12 @@ def show(results: Mapping[int, Json]) -> Shown:
     lead = percent_gain([x for bag, _ in leads for x in bag], [x for _, m in leads for x in m])
     counts = rank_ratings()
     ratings = ", ".join(f"{count} {rating}" for rating, count in counts.items())
+    tuned = " and fine-tuned on the chosen answers" if first["recipe"]["sft_epochs"] else ""
     text = (
         f"A safety reward model of {first['parameters'] / 1e6:.1f}M parameters ({settings}), "
         "trained on the pairs of hh-rlhf that are not held out. It starts from a model pretrained "
-        "on those pairs' texts, WikiText-2, Shakespeare and OpenAssistant's replies, and "
-        f"fine-tuned on the chosen answers.\n\n{table(rows)}\n\n"
+        "on those pairs' texts, WikiText-2, Shakespeare and OpenAssistant's "
+        f"replies{tuned}.\n\n{table(rows)}\n\n"
         f"Over all these groups the lead over the bag is {lead}.\n\n"
         f"The ranks of OpenAssistant's replies make {counts.total()} pairs, rated by rank gap: "
         f"{ratings}."
