@@ -7,7 +7,7 @@ update minibatch by minibatch.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -155,16 +155,21 @@ class Learner:
         return share
 
     @torch.no_grad()
-    def experience(self, samples: Sequence[Sequence[Experience]]) -> list[list[ExperienceBatch]]:
+    def experience(
+        self,
+        samples: Sequence[Sequence[Experience]],
+        scoring: Callable[[], bool] = lambda: False,
+    ) -> list[list[ExperienceBatch]]:
         """Micro-batches of the samples of each minibatch, with advantages over the global batch
-        (collective)."""
+        (collective).
+
+        scoring: tells whether the reference is still at work on them.
+        """
         ppo, size = self.task.ppo, self.task.micro_batch_size
         parts = [
             [rows[start : start + size] for start in range(0, len(rows), size)] for rows in samples
         ]
-        # The reference may still be at work; with more threads than processors all would be slow.
-        with training.sparing_threads(self.task.scoring_threads):
-            observed = [[self._observed(rows) for rows in part] for part in parts]
+        observed = [[self._observed(rows, scoring) for rows in part] for part in parts]
         minibatches = [
             [with_reference(batch, rows) for batch, rows in zip(*both, strict=True)]
             for both in zip(observed, parts, strict=True)
@@ -181,17 +186,20 @@ class Learner:
             ]
         return whiten_advantages(minibatches) if ppo.whitens_advantages else minibatches
 
-    def _observed(self, rows: Sequence[Experience]) -> ExperienceBatch:
+    def _observed(self, rows: Sequence[Experience], scoring: Callable[[], bool]) -> ExperienceBatch:
         """Samples with the log-probabilities and values of before the update."""
         batch = collate(rows, self.policy.engine.device)
-        if self.task.ppo.old_logprobs == "learner":
-            old_BT = self.policy.logprobs(batch)
-        else:
-            old_BT = batch.sampled_logprobs_BT
-        batch = replace(batch, old_logprobs_BT=old_BT)
-        if self.value is None:
-            return batch
-        return replace(batch, values_BT=self.value.values(batch))
+        # With more threads than processors all of them would be slow.
+        others = self.task.scoring_threads
+        with training.sparing_threads(others if others and scoring() else 0):
+            if self.task.ppo.old_logprobs == "learner":
+                old_BT = self.policy.logprobs(batch)
+            else:
+                old_BT = batch.sampled_logprobs_BT
+            batch = replace(batch, old_logprobs_BT=old_BT)
+            if self.value is None:
+                return batch
+            return replace(batch, values_BT=self.value.values(batch))
 
     def update(
         self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int]
