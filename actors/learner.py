@@ -76,7 +76,7 @@ class LearnTask:
     """Evaluations without a better held-out reward after which training ends; 0 never does."""
     seed: int = 0
     scoring_threads: int = 0
-    """CPU threads that the reference takes beside the learner's own passes."""
+    """CPU threads that the learner's own passes leave to the reference while it is at work."""
 
 
 @dataclass

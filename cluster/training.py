@@ -116,17 +116,6 @@ class _Loop:
             raise
 
 
-@contextmanager
-def sparing_threads(count: int) -> Iterator[None]:
-    """Let this worker's CPU operations take `count` threads fewer, but at least one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _original(error: BaseException) -> BaseException:
     """The error itself of one that another process raised, whose text is that of its trace."""
     while isinstance(error, RayTaskError) and isinstance(error.cause, BaseException):
@@ -169,6 +158,17 @@ def all_reduce(values: torch.Tensor) -> torch.Tensor:
         return values.copy_(summed)
     torch.distributed.all_reduce(values)
     return values
+
+
+@contextmanager
+def sparing_threads(count: int) -> Iterator[None]:
+    """Let this worker's CPU operations take `count` threads fewer, but at least one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - count))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def seed_step(seed: int, step: int) -> None:

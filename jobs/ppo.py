@@ -325,7 +325,8 @@ def _learn_task(
     generators: Any,
 ) -> LearnTask:
     updates = config.iterations * config.batch_size // config.minibatch_size
-    scoring = 0 if config.learner.gpus else config.reference.count * config.reference.threads
+    spares = config.learner.threads > 1 and not config.learner.gpus
+    scoring = config.reference.count * config.reference.threads if spares else 0
     return LearnTask(
         run=run,
         policy=models.policy,

@@ -2,13 +2,13 @@
 
 pip install trl && python -m tests.benchmarks.ppo_trl
 
-`PPOTrainer` in this process, with two threads and this project's allocator settings (without them
+`PPOTrainer` in a process, with two threads and this project's allocator settings (without them
 by `--plain`): 64 prompts of 64 tokens, 64 tokens of answer to each, four models of the same shape
 in bfloat16, one pass in 8 minibatches of 8. The median of the iterations after the first ones.
 """
 
 import argparse
-import os
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -18,21 +18,9 @@ from typing import Any
 
 import torch
 
-from cluster.session import WORKER_ENVIRONMENT
+from llama2.checkpoint_config import CAUSAL, SCALAR, Architecture, config_to_hf
 from tests.benchmarks.ppo import CONFIG, MINIBATCH, SAMPLES, TOKENS, WARMUP
-
-THREADS = 2
-
-
-def with_settings() -> None:
-    """Start this program again with the allocator settings, which are read before it begins."""
-    settings = {
-        name: value
-        for name, value in WORKER_ENVIRONMENT.items()
-        if name.startswith(("MALLOC_", "GLIBC_"))
-    }
-    if not settings.items() <= os.environ.items():
-        os.execve(sys.executable, sys.orig_argv, os.environ | settings)
+from tests.benchmarks.side_by_side import THREADS, with_worker_environment
 
 
 def trainer(iterations: int, folder: str) -> Any:
@@ -47,14 +35,12 @@ def trainer(iterations: int, folder: str) -> Any:
     )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "max_position_embeddings")  # fmt: skip
-    shape = {name: getattr(CONFIG, name) for name in names} | {"pad_token_id": 0}
-    policy, reference = (LlamaForCausalLM(LlamaConfig(**shape)).bfloat16() for _ in range(2))
-    reward, value = (
-        LlamaForSequenceClassification(LlamaConfig(**shape, num_labels=1)).bfloat16()
-        for _ in range(2)
-    )
+    def model(architecture: Architecture, kind: Any) -> Any:
+        values = config_to_hf(CONFIG, architecture) | {"pad_token_id": 0}
+        return kind(LlamaConfig.from_dict(values)).bfloat16()
+
+    policy, reference = (model(CAUSAL, LlamaForCausalLM) for _ in range(2))
+    reward, value = (model(SCALAR, LlamaForSequenceClassification) for _ in range(2))
     known = {f"t{i}": i for i in range(CONFIG.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(known, unk_token="t0")),
@@ -77,14 +63,8 @@ def trainer(iterations: int, folder: str) -> Any:
     )  # fmt: skip
 
 
-def main() -> None:
+def train(iterations: int) -> None:
     """Print the median iteration."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=9)
-    parser.add_argument("--plain", action="store_true")
-    options = parser.parse_args()
-    if not options.plain:
-        with_settings()
     from transformers import TrainerCallback
 
     torch.set_num_threads(THREADS)
@@ -95,7 +75,7 @@ def main() -> None:
             ends.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as folder:
-        made = trainer(options.iterations, folder)
+        made = trainer(iterations, folder)
         made.add_callback(Clock())
         made.train()
     took = [after - before for before, after in pairwise(ends)][WARMUP - 1 :]
@@ -103,6 +83,20 @@ def main() -> None:
         f"TRL: an iteration takes {statistics.median(took):.2f} s "
         f"({min(took):.2f} to {max(took):.2f} in {len(took)})"
     )
+
+
+def main() -> None:
+    """Train in a process of its own, since the allocator reads its settings when one starts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--iterations", type=int, default=9)
+    parser.add_argument("--plain", action="store_true")
+    options = parser.parse_args()
+    if not options.plain:
+        with_worker_environment()
+    process = multiprocessing.get_context("spawn").Process(target=train, args=[options.iterations])
+    process.start()
+    process.join()
+    sys.exit(process.exitcode)
 
 
 if __name__ == "__main__":
