@@ -117,11 +117,13 @@ class Ranking:
     def scores(self, engine: Engine, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Scores [N] of the chosen and the rejected answers, before the sigmoid."""
         pairs = [self.shards.row(i) for i in rows]
-        tokens_BT, segments_BT, last_B = pad_right([s.tokens for pair in pairs for s in pair])
-        whole = TokenBatch(tokens_BT, segments_BT, torch.full_like(tokens_BT, IGNORE))
+        tokens_BT, segments_BT, is_last_BT = pad_right([s.tokens for pair in pairs for s in pair])
+        # The marks of last tokens are cut among the workers as targets are.
+        whole = TokenBatch(tokens_BT, segments_BT, torch.where(is_last_BT, 0, IGNORE))
         batch = self.sequence.share(whole).to(engine.device)
-        scores_BT = self.sequence.gather(engine(batch.tokens_BT, batch.segments_BT))
-        scores_B = scores_BT.gather(1, last_B.to(engine.device)[:, None])[:, 0]
+        mine_BT = engine(batch.tokens_BT, batch.segments_BT, batch.targets_BT != IGNORE)
+        scores_BT = self.sequence.gather(mine_BT)[:, : is_last_BT.shape[1]]
+        scores_B = scores_BT[is_last_BT.to(engine.device)]
         return scores_B[0::2], scores_B[1::2]
 
     def _loss(

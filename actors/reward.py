@@ -53,10 +53,10 @@ class Reward:
         tokens = [self._tokens(sample) for sample in rollout.samples]
         scores = [0.0] * len(tokens)
         for rows in by_length([len(sequence) for sequence in tokens]):
-            tokens_BT, segments_BT, last_B = pad_right([tokens[i] for i in rows])
-            scores_BT = self._model(tokens_BT.to(self._device), segments_BT.to(self._device))
-            picked = scores_BT.cpu().gather(1, last_B[:, None])[:, 0]
-            for i, score in zip(rows, picked.tolist(), strict=True):
+            padded = pad_right([tokens[i] for i in rows])
+            tokens_BT, segments_BT, is_last_BT = (x.to(self._device) for x in padded)
+            scores_B = self._model(tokens_BT, segments_BT, is_last_BT)[is_last_BT]
+            for i, score in zip(rows, scores_B.tolist(), strict=True):
                 scores[i] = score
         return scores_of(rollout, scores, f"The reward model {self._folder}")
 

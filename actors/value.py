@@ -19,11 +19,12 @@ class Value:
     @torch.no_grad()
     def values(self, batch: ExperienceBatch) -> Tensor:
         """Value of the state before each answer token, [B, T], 0 elsewhere."""
-        values_BT: Tensor = self.engine(batch.tokens_BT, batch.segments_BT)
-        return values_BT * batch.mask_BT
+        values_BT: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, batch.mask_BT)
+        return values_BT
 
     def loss(self, batch: ExperienceBatch, total: int) -> Tensor:
         """This micro-batch's part of the loss of a minibatch with `total` answer tokens."""
-        values_N = self.engine(batch.tokens_BT, batch.segments_BT)[batch.mask_BT]
-        old_N, returns_N = batch.values_BT[batch.mask_BT], batch.returns_BT[batch.mask_BT]
+        mask_BT = batch.mask_BT
+        values_N = self.engine(batch.tokens_BT, batch.segments_BT, mask_BT)[mask_BT]
+        old_N, returns_N = batch.values_BT[mask_BT], batch.returns_BT[mask_BT]
         return value_loss(values_N, old_N, returns_N, self.clip_range, total)

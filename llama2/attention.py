@@ -1,11 +1,11 @@
 """Grouped-query attention over packed documents.
 
-Shapes: B batch, T tokens, D model width, H query heads, G key/value heads,
-K head width. A token belongs to a segment (a document); 0 marks padding. No token sees another
+Shapes: B batch, T tokens, N tokens that are asked for, D model width, H query heads, G key/value
+heads, K head width. A token belongs to a segment (a document); 0 marks padding. No token sees another
 segment.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,11 @@ def positions_in_segments(segments_BT: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
+def at(places_N: Tensor | None, x_BTD: Tensor) -> Tensor:
+    """[N, D] at these places of the flattened batch; everything, [B, T, D], where they are None."""
+    return x_BTD if places_N is None else x_BTD.flatten(0, 1).index_select(0, places_N)
+
+
 def attend(query_BTHK: Tensor, key_BTGK: Tensor, value_BTGK: Tensor) -> Tensor:
     """Causal scaled dot-product attention of rows that are one document each, [B, T, H, K]."""
     repeats = query_BTHK.shape[2] // key_BTGK.shape[2]
@@ -65,7 +70,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.attention_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout, places_N: Tensor | None = None) -> Tensor:
+        """[B, T, D]; with `places_N`, [N, D] of these tokens of the flattened batch alone."""
         batch, tokens, _ = x_BTD.shape
 
         def heads(x: Tensor) -> Tensor:
@@ -81,4 +87,4 @@ class Attention(nn.Module):
             mixed_BTHK = parallel.tokens(documents.join(mixed, batch))
         else:
             mixed_BTHK = attend(query_BTHK, key_BTGK, value_BTGK)
-        return self.o_proj(mixed_BTHK.reshape(batch, tokens, -1))
+        return cast(Tensor, self.o_proj(at(places_N, mixed_BTHK.reshape(batch, tokens, -1))))

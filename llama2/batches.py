@@ -62,12 +62,11 @@ def pack(rows: Sequence[Sequence[TokenSequence]], width: int | None = None) -> T
 
 
 def pad_right(sequences: Sequence[TokenArray]) -> tuple[Tensor, Tensor, Tensor]:
-    """One sequence a row: tokens_BT, segments_BT (1, padding 0) and the index of each last token,
-    [B]."""
+    """One sequence a row: tokens_BT, segments_BT (1, padding 0) and a mask of the last tokens,
+    [B, T]."""
     lengths = [len(tokens) for tokens in sequences]
     tokens_BT = np.zeros((len(sequences), max(lengths)), dtype=np.int64)
     for row, tokens in zip(tokens_BT, sequences, strict=True):
         row[: len(tokens)] = tokens
-    lengths_B = torch.tensor(lengths)
-    segments_BT = (torch.arange(tokens_BT.shape[1]) < lengths_B[:, None]).long()
-    return torch.from_numpy(tokens_BT), segments_BT, lengths_B - 1
+    index_T, lengths_B1 = torch.arange(tokens_BT.shape[1]), torch.tensor(lengths)[:, None]
+    return torch.from_numpy(tokens_BT), (index_T < lengths_B1).long(), index_T == lengths_B1 - 1

@@ -55,6 +55,10 @@ class Documents:
             slots.append((firsts[members, None] + offsets).reshape(-1))
             valid.append((offsets < lengths[members, None]).reshape(-1))
             self.shapes.append((int(members.sum()), longest))
+        self._is_batch = self.shapes == [segments.shape] and bool((firsts % longest == 0).all())
+        """Whether the batch as it stands is the one group: a document a row, padding behind it."""
+        if self._is_batch:
+            return
         self._index(np.concatenate(slots), np.concatenate(valid), segments, segments_BT.device)
 
     def _index(
@@ -74,7 +78,10 @@ class Documents:
         self._tokens, self._padding = tensor(inverse), tensor(np.flatnonzero(segments == 0))
 
     def split(self, x_BTHK: Tensor) -> list[Tensor]:
-        """The tokens of each group, [documents, L, H, K]; zero behind the end of a document."""
+        """The tokens of each group, [documents, L, H, K]; behind the end of a document there is
+        nothing to go by."""
+        if self._is_batch:
+            return [x_BTHK]
         x_NHK = x_BTHK.reshape(-1, *x_BTHK.shape[2:])
         x_MHK = _Rearrange.apply(x_NHK, self._slots, self._empty, self._tokens, self._padding)
         parts = x_MHK.split([documents * longest for documents, longest in self.shapes])
@@ -84,7 +91,9 @@ class Documents:
         ]
 
     def join(self, parts: list[Tensor], rows: int) -> Tensor:
-        """Back from groups to [B, T, H, K]; zero on padding."""
+        """Back from groups to [B, T, H, K]; on padding there is nothing to go by."""
+        if self._is_batch:
+            return parts[0]
         x_MHK = torch.cat([part.flatten(0, 1) for part in parts])
         x_NHK = _Rearrange.apply(x_MHK, self._tokens, self._padding, self._slots, self._empty)
         return x_NHK.view(rows, -1, *x_NHK.shape[1:])

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llama2.log_probs import WIDE_LOGITS, selected_log_probs
-from llama2.losses import IGNORE
 from llama2.model import Unembedding
 
 
@@ -23,14 +22,12 @@ class EntropyUnembedding(Unembedding):
         made.weight = head.weight
         return made
 
-    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits; with `targets_BT`, log-probabilities and entropies [2, N] instead, in nats."""
-        if targets_BT is None:
-            return super().forward(hidden_BTD)
-        wanted = targets_BT != IGNORE
-        hidden_ND = hidden_BTD[wanted]
-        logprobs_N = selected_log_probs(hidden_ND, self.weight, targets_BT[wanted])
-        return torch.stack((logprobs_N, entropies(hidden_ND, self.weight)))
+    def forward(self, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
+        """Logits; with `targets_N`, log-probabilities and entropies [2, N] instead, in nats."""
+        if targets_N is None:
+            return super().forward(hidden)
+        logprobs_N = selected_log_probs(hidden, self.weight, targets_N)
+        return torch.stack((logprobs_N, entropies(hidden, self.weight)))
 
 
 def entropies(hidden_ND: Tensor, weight_VD: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The Llama 2 transformer: pre-norm RMSNorm, rotary positions, SwiGLU, grouped-query attention.
 
 Parameter names are those of Hugging Face's Llama, so that a checkpoint needs no renaming.
-Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that carry a target.
+Shapes: B batch, T tokens, D model width, V vocabulary, N tokens that are asked for.
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama2.attention import Attention, Layout, positions_in_segments
+from llama2.attention import Attention, Layout, at, positions_in_segments
 from llama2.config import ModelConfig
 from llama2.documents import Documents
 from llama2.log_probs import selected_log_probs
@@ -92,13 +92,13 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), layout)
+    def forward(self, x: Tensor, layout: Layout, places_N: Tensor | None = None) -> Tensor:
+        x = at(places_N, x) + self.self_attn(self.input_layernorm(x), layout, places_N)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
-    """Embeddings and layers: tokens_BT -> hidden_BTD. What every head stands on."""
+    """Embeddings and layers: what every head stands on."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -109,14 +109,22 @@ class Trunk(nn.Module):
         self.activation_checkpointing = False
         self.sequence_parallel = SequenceParallel()
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        places_N: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D]; with `places_N`, [N, D] of these tokens of the flattened batch:
+        of the others, the last layer computes what these see of them and no more."""
         hidden = self.embed_tokens(tokens_BT)
         layout = self._layout(tokens_BT, segments_BT, hidden.dtype)
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, start=1):
+            asked = places_N if number == len(self.layers) else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, layout, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, layout, asked, use_reentrant=False)
             else:
-                hidden = layer(hidden, layout)
+                hidden = layer(hidden, layout, asked)
         return cast(Tensor, self.norm(hidden))
 
     def _layout(self, tokens_BT: Tensor, segments_BT: Tensor | None, dtype: torch.dtype) -> Layout:
@@ -135,13 +143,11 @@ class Trunk(nn.Module):
 class Unembedding(nn.Linear):
     """The language-model head; given targets, without the logits of all tokens."""
 
-    def forward(self, hidden_BTD: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        if targets_BT is None:
-            return F.linear(hidden_BTD, self.weight)
-        wanted = targets_BT != IGNORE
-        if wanted.all():
-            return selected_log_probs(hidden_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
-        return selected_log_probs(hidden_BTD[wanted], self.weight, targets_BT[wanted])
+    def forward(self, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
+        """Logits [..., V]; with `targets_N`, log-probabilities [N] of `hidden` [N, D] instead."""
+        if targets_N is None:
+            return F.linear(hidden, self.weight)
+        return selected_log_probs(hidden, self.weight, targets_N)
 
 
 class Transformer(nn.Module):
@@ -161,12 +167,17 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         targets_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V]; with `targets_BT`, log-probabilities [N] instead.
+        """Logits [B, T, V]; with `targets_BT`, log-probabilities [N] of the targets that are not
+        `IGNORE` instead.
 
         tokens_BT: token ids. segments_BT: document of each token, 0 for padding; None means one
         document a row.
         """
-        return cast(Tensor, self.lm_head(self.model(tokens_BT, segments_BT), targets_BT))
+        if targets_BT is None:
+            return cast(Tensor, self.lm_head(self.model(tokens_BT, segments_BT)))
+        places_N = places_of(targets_BT != IGNORE)
+        hidden_ND = self.model(tokens_BT, segments_BT, places_N)
+        return cast(Tensor, self.lm_head(hidden_ND, targets_BT.flatten()[places_N]))
 
 
 class ScalarModel(nn.Module):
@@ -178,9 +189,24 @@ class ScalarModel(nn.Module):
         self.model = Trunk(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
 
-    def forward(self, tokens_BT: Tensor, segments_BT: Tensor | None = None) -> Tensor:
-        """Scalars [B, T], float32."""
-        return cast(Tensor, self.score(self.model(tokens_BT, segments_BT))).squeeze(-1).float()
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        wanted_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Scalars [B, T], float32; with `wanted_BT`, 0 where that is false."""
+        if wanted_BT is None:
+            return cast(Tensor, self.score(self.model(tokens_BT, segments_BT))).squeeze(-1).float()
+        places_N = places_of(wanted_BT)
+        scores_N1 = self.score(self.model(tokens_BT, segments_BT, places_N))
+        zeros = scores_N1.new_zeros(wanted_BT.numel(), dtype=torch.float32)
+        return zeros.index_copy(0, places_N, scores_N1[:, 0].float()).view(wanted_BT.shape)
+
+
+def places_of(wanted_BT: Tensor) -> Tensor:
+    """Where a mask is true, as indices [N] into the flattened batch."""
+    return wanted_BT.flatten().nonzero()[:, 0]
 
 
 def initial_weights(

@@ -100,11 +100,11 @@ def last_scores(
     for numbers in _numbered([len(tokens) for tokens in sequences], batch_tokens):
         tokens_BT, segments_BT, starts = _row([sequences[i] for i in numbers])
         device = model.score.weight.device
-        scores_T = model(tokens_BT.to(device), segments_BT.to(device))[0]
         ends = [start + len(sequences[i]) - 1 for start, i in zip(starts, numbers, strict=True)]
-        found.update(
-            zip(numbers, scores_T[torch.tensor(ends, device=device)].tolist(), strict=True)
-        )
+        is_end_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+        is_end_BT[0, ends] = True
+        scores_T = model(tokens_BT.to(device), segments_BT.to(device), is_end_BT.to(device))[0]
+        found.update(zip(numbers, scores_T.cpu()[ends].tolist(), strict=True))
     return [found[i] for i in range(len(sequences))]
 
 
@@ -142,8 +142,7 @@ def _logprobs(
 ) -> Tensor:
     """Log-probability of each target behind the token at its place, float32 [N]."""
     at = torch.tensor(places, device=hidden_TD.device)
-    targets_BN = torch.tensor(targets, device=hidden_TD.device)[None]
-    logprobs_N: Tensor = model.lm_head(hidden_TD[at][None], targets_BN)
+    logprobs_N: Tensor = model.lm_head(hidden_TD[at], torch.tensor(targets, device=at.device))
     return logprobs_N
 
 

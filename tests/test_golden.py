@@ -264,8 +264,8 @@ def late_targets(rows: Any, width: int | None = None) -> TokenBatch:
 
 def early_end(sequences: Any) -> Any:
     """Scores are read one token before the last."""
-    tokens_BT, segments_BT, last_B = pad_right(sequences)
-    return tokens_BT, segments_BT, last_B - 1
+    tokens_BT, segments_BT, is_last_BT = pad_right(sequences)
+    return tokens_BT, segments_BT, is_last_BT.roll(-1, dims=1)
 
 
 BROKEN: dict[str, tuple[Sequence[str], Any, str, Any]] = {

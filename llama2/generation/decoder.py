@@ -83,25 +83,26 @@ class Decoder:
         self, tokens_N: Tensor, positions_N: Tensor, drawing_R: Tensor, cache: Cache
     ) -> Tensor:
         """Logits [R, V] behind the tokens at places `drawing_R` of the batch that `cache` was
-        prepared for."""
+        prepared for. In the last layer the others leave only their keys and values."""
         trunk = self.model.model
         x_ND = trunk.embed_tokens(tokens_N)
         cos, sin = self.cos_L1K[positions_N], self.sin_L1K[positions_N]
         for index, layer in enumerate(trunk.layers):
             assert isinstance(layer, Layer)
-            x_ND = x_ND + self._attend(layer, index, x_ND, cos, sin, cache)
+            mixed_ND = self._attend(layer, index, x_ND, cos, sin, cache)
+            if index == len(trunk.layers) - 1:
+                x_ND, mixed_ND = x_ND[drawing_R], mixed_ND[drawing_R]
+            x_ND = x_ND + self._layers[index].o(mixed_ND)
             x_ND = x_ND + self._feed_forward(layer, index, x_ND)
-        return self._head(_normalize(trunk.norm, x_ND[drawing_R]))
+        return self._head(_normalize(trunk.norm, x_ND))
 
     def _attend(
         self, layer: Layer, index: int, x_ND: Tensor, cos: Tensor, sin: Tensor, cache: Cache
     ) -> Tensor:
-        products = self._layers[index]
         normal_ND = _normalize(layer.input_layernorm, x_ND)
-        qkv = products.qkv(normal_ND).unflatten(1, (-1, self.width))
+        qkv = self._layers[index].qkv(normal_ND).unflatten(1, (-1, self.width))
         _turn(qkv[:, : self.heads + self.groups], cos, sin)
-        mixed_NHK = cache.attend(index, qkv[:, : self.heads], qkv[:, self.heads :])
-        return products.o(mixed_NHK.flatten(1))
+        return cache.attend(index, qkv[:, : self.heads], qkv[:, self.heads :]).flatten(1)
 
     def _feed_forward(self, layer: Layer, index: int, x_ND: Tensor) -> Tensor:
         products = self._layers[index]

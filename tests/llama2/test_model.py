@@ -118,6 +118,45 @@ def test_packed_documents_are_as_each_alone() -> None:
     torch.testing.assert_close(model(tokens, whole), model(tokens), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_padded_rows_are_as_each_alone() -> None:
+    model = grouped()
+    # Of like length, so that they are one group as they stand; then not.
+    for lengths in ([12, 9, 7], [9, 9, 9], [12, 7, 2]):
+        rows = [draw(n, seed=n) for n in lengths]
+        tokens = torch.full((3, max(lengths)), 5)
+        segments = torch.zeros_like(tokens)
+        for row, (n, document) in enumerate(zip(lengths, rows, strict=True)):
+            tokens[row, :n], segments[row, :n] = document, 1
+        found = model(tokens, segments)
+        for row, document in enumerate(rows):
+            alone = model(document[None])[0]
+            torch.testing.assert_close(found[row, : len(document)], alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_what_is_asked_for_has_the_values_and_gradients_that_it_has_among_all(
+    share: float, checkpointing: bool
+) -> None:
+    causal = grouped()
+    model = ScalarModel(causal.config)
+    randomize(model)
+    model.model.activation_checkpointing = checkpointing
+    tokens, segments = draw(2, 12), torch.tensor([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
+    wanted = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) < share
+    widths: list[tuple[int, ...]] = []
+    model.model.norm.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape))
+    gradients = []
+    for found in (model(tokens, segments, wanted), model(tokens, segments) * wanted):
+        model.zero_grad()
+        (found.sin() * torch.linspace(0, 1, 24).view(2, 12)).sum().backward()
+        gradients.append([found.detach(), *(p.grad.clone() for p in model.parameters())])
+    assert widths == [(int(wanted.sum()), 64), (2, 12, 64)]
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=2e-5, rtol=1e-5)
+
+
 def test_activation_checkpointing_leaves_gradients_as_they_are() -> None:
     model = grouped()
     tokens, segments = draw(2, 12), torch.tensor([[1] * 5 + [2] * 7, [1] * 9 + [0] * 3])
