@@ -28,6 +28,20 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
+# On a local cluster Ray's own processes share the work's CPUs, and every time that one of them wakes
+# up, a thread of the work stops, and with it the others of its operation. So they look around less
+# often than Ray lets them on a cluster; what a user has set stays.
+LOCAL_ENVIRONMENT = {
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
+    "RAY_enable_metrics_collection": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_task_events_report_interval_ms": "10000",
+    "REPORTER_UPDATE_INTERVAL_MS": "30000",
+}
+
 
 @dataclass(frozen=True)
 class ClusterConfig:
@@ -61,6 +75,8 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
         )
     else:
         protect_token()
+        for name, value in LOCAL_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         context = ray.init(
             num_cpus=config.local_cpus,
             include_dashboard=True,  # Ray Train asks it for the state of its actors

@@ -1,8 +1,8 @@
 """Grouped-query attention over packed documents.
 
 Shapes: B batch, T tokens, N tokens that are asked for, D model width, H query heads, G key/value
-heads, K head width. A token belongs to a segment (a document); 0 marks padding. No token sees another
-segment.
+heads, K head width. A token belongs to a segment (a document); 0 marks padding. No token sees
+another segment.
 """
 
 from typing import NamedTuple, cast

@@ -3,6 +3,8 @@
 Queries are taken in blocks, each with the keys up to its own end, so that the half of the scores
 that lies in the future is mostly never computed. The rest is plain batched products, whose factors
 lie contiguous: of slices torch would make copies, slow ones where a slice is transposed as well.
+Their lengths are rounded up, with zeros that no token sees behind the last one: of an odd number of
+keys the products take nearly twice as long.
 Shapes: B rows, T tokens, H heads, K head width, M = B H; L keys that a block of queries sees.
 """
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries; more compute more of the future, fewer make small products
+ROUND = 8  # a block's length is a multiple of it
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -31,58 +34,65 @@ class _CausalAttention(torch.autograd.Function):
         future = query.new_full((BLOCK, BLOCK), float("-inf")).triu(1)
         queries, keys, values, weights = [], [], [], []
         for start, end in blocks:
-            queries.append(_flat(query[:, start:end], query.shape[-1] ** -0.5))
-            keys.append(_flat(key[:, start:end]))
-            values.append(_flat(value[:, start:end]))
+            queries.append(_flat(query, start, end, query.shape[-1] ** -0.5))
+            keys.append(_flat(key, start, end))
+            values.append(_flat(value, start, end))
             scores_MTL = torch.bmm(queries[-1], torch.cat(keys, 1).transpose(1, 2))
             scores_MTL[:, :, start:] += future[: end - start, : end - start]
             weights.append(torch.softmax(scores_MTL, dim=-1, out=scores_MTL))
-            _put(mixed[:, start:end], torch.bmm(scores_MTL, torch.cat(values, 1)))
+            _put(mixed, start, torch.bmm(scores_MTL, torch.cat(values, 1)))
         ctx.save_for_backward(*queries, *keys, *values, *weights)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        grad_mixed, tokens = gradients[0], gradients[0].shape[1]
+        grad_mixed = gradients[0]
         grad_query = torch.empty_like(grad_mixed, memory_format=torch.contiguous_format)
         grad_key_MTK = grad_value_MTK = torch.empty(0)
-        blocks = _blocks(tokens)
+        blocks = _blocks(grad_mixed.shape[1])
         saved, count = ctx.saved_tensors, len(blocks)
         queries, keys, values, weights = (saved[i * count : (i + 1) * count] for i in range(4))
         for i in reversed(range(count)):
             (start, end), weights_MTL = blocks[i], weights[i]
-            grad_block = _flat(grad_mixed[:, start:end])
+            grad_block = _flat(grad_mixed, start, end)
             grad_weights = torch.bmm(grad_block, torch.cat(values[: i + 1], 1).transpose(1, 2))
             grad_scores = torch._softmax_backward_data(
                 grad_weights, weights_MTL, -1, weights_MTL.dtype
             )
             to_value = torch.bmm(weights_MTL.transpose(1, 2), grad_block)
             to_key = torch.bmm(grad_scores.transpose(1, 2), queries[i])
-            if end == tokens:
+            if i == count - 1:
                 grad_key_MTK, grad_value_MTK = to_key.float(), to_value.float()
             else:  # blocks add up in float32
                 grad_key_MTK[:, :end] += to_key
                 grad_value_MTK[:, :end] += to_value
             scaled = torch.bmm(grad_scores, torch.cat(keys[: i + 1], 1))
-            _put(grad_query[:, start:end], scaled.mul_(grad_mixed.shape[-1] ** -0.5))
+            _put(grad_query, start, scaled.mul_(grad_mixed.shape[-1] ** -0.5))
         grad_key, grad_value = torch.empty_like(grad_query), torch.empty_like(grad_query)
-        _put(grad_key, grad_key_MTK)
-        _put(grad_value, grad_value_MTK)
+        _put(grad_key, 0, grad_key_MTK)
+        _put(grad_value, 0, grad_value_MTK)
         return grad_query, grad_key, grad_value
 
 
 def _blocks(tokens: int) -> list[tuple[int, int]]:
-    return [(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
+    last = -(-tokens // ROUND) * ROUND
+    return [(start, min(start + BLOCK, last)) for start in range(0, tokens, BLOCK)]
 
 
-def _flat(x_BTHK: Tensor, scale: float = 1.0) -> Tensor:
+def _flat(x_BTHK: Tensor, start: int, end: int, scale: float = 1.0) -> Tensor:
+    """The tokens from `start` to `end`, [M, end - start, K], times `scale`; 0 behind the last."""
     batch, tokens, heads, width = x_BTHK.shape
-    flat_BHTK = x_BTHK.new_empty(batch, heads, tokens, width)
-    torch.mul(x_BTHK.transpose(1, 2), scale, out=flat_BHTK)
-    return flat_BHTK.view(batch * heads, tokens, width)
+    flat_BHTK = x_BTHK.new_empty(batch, heads, end - start, width)
+    written = min(end, tokens) - start
+    part_BHTK = x_BTHK[:, start:end].transpose(1, 2)
+    torch.mul(part_BHTK, scale, out=flat_BHTK[:, :, :written])
+    flat_BHTK[:, :, written:] = 0
+    return flat_BHTK.view(batch * heads, end - start, width)
 
 
-def _put(x_BTHK: Tensor, x_MTK: Tensor) -> None:
-    """Write tokens back where they belong."""
-    batch, tokens, heads, width = x_BTHK.shape
-    x_BTHK.copy_(x_MTK.view(batch, heads, tokens, width).transpose(1, 2))
+def _put(x_BTHK: Tensor, start: int, x_MTK: Tensor) -> None:
+    """Write tokens back where they belong, from `start` on."""
+    batch, _, heads, width = x_BTHK.shape
+    part_BTHK = x_BTHK[:, start : start + x_MTK.shape[1]]
+    x_BHTK = x_MTK.view(batch, heads, -1, width)[:, :, : part_BTHK.shape[1]]
+    part_BTHK.copy_(x_BHTK.transpose(1, 2))

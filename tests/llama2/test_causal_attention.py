@@ -8,12 +8,15 @@ from llama2 import causal_attention as module
 from llama2.causal_attention import causal_attention
 
 
+@pytest.mark.parametrize("tokens", [1, 8, 9, 31])
 @pytest.mark.parametrize("block", [1, 4, 9, 128])
-def test_it_is_that_of_the_fused_kernel(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_that_of_the_fused_kernel(
+    block: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 9, 3, 8, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(2, 9, 3, 8)
+    inputs = [torch.randn(2, tokens, 3, 8, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(2, tokens, 3, 8)
     fused = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs), is_causal=True)
     expected = torch.autograd.grad(fused.transpose(1, 2), inputs, upstream)
     found = causal_attention(*inputs)
