@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -22,16 +23,28 @@ def gae(
     without them. bootstrap_B: value of the state after the last action, 0 where the episode ended.
     """
     assert rewards_BT.shape == values_BT.shape == mask_BT.shape
-    next_value = torch.zeros_like(rewards_BT[:, 0]) if bootstrap_B is None else bootstrap_B
-    running = torch.zeros_like(next_value)
-    advantages = torch.zeros_like(rewards_BT)
-    for t in reversed(range(rewards_BT.shape[1])):
-        acts = mask_BT[:, t].bool()
-        error = rewards_BT[:, t] + gamma * next_value - values_BT[:, t]
-        running = torch.where(acts, error + gamma * lam * running, running)
-        next_value = torch.where(acts, values_BT[:, t], next_value)
-        advantages[:, t] = torch.where(acts, running, 0)
-    return advantages
+    acts_BT = mask_BT.bool()
+    last_B = torch.zeros_like(values_BT[:, 0]) if bootstrap_B is None else bootstrap_B
+    # The value at each token, or of the next action where it is none; behind all, the last one.
+    known = F.pad(acts_BT, (0, 1), value=True)
+    reached = torch.where(known, torch.cat((values_BT, last_B[:, None]), dim=1), 0)
+    next_BT = _recurrence(reached, (~known).to(reached))[:, 1:]
+    error_BT = torch.where(acts_BT, rewards_BT + gamma * next_BT - values_BT, 0)
+    decay_BT = torch.where(acts_BT, gamma * lam, torch.ones_like(error_BT))
+    return torch.where(acts_BT, _recurrence(error_BT, decay_BT), 0)
+
+
+def _recurrence(x_BT: Tensor, factor_BT: Tensor) -> Tensor:
+    """y[t] = x[t] + factor[t] y[t + 1], 0 behind the end, in log2(T) steps: after each, a token has
+    summed up twice as many (Hillis and Steele 1986)."""
+    reach = 1
+    while reach < x_BT.shape[1]:
+        near, far = slice(None, -reach), slice(reach, None)
+        more_BT = factor_BT[:, near] * x_BT[:, far]
+        x_BT = torch.cat((x_BT[:, near] + more_BT, x_BT[:, -reach:]), dim=1)
+        factor_BT = F.pad(factor_BT[:, near] * factor_BT[:, far], (0, reach))
+        reach *= 2
+    return x_BT
 
 
 def whiten(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 KEPT_BYTES = 1 << 29
 """Most that the forward pass keeps for the backward pass, in bytes; beyond it is computed again."""
-CHUNK_LOGITS = 1 << 25
+CHUNK_LOGITS = 1 << 24
 """Logits that are computed at a time."""
 WIDE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are held in float32 at a time; a CPU's cache should hold them."""
@@ -43,9 +43,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         logprobs = []
         for rows in _chunks(0, kept, size):
             torch.mm(hidden_ND[rows], weight_VD.T, out=error_KV[rows])
-            logprobs.append(_replace_by_error(error_KV[rows], targets_N[rows]))
+            logprobs.append(_log_probs(error_KV[rows], targets_N[rows], becomes_error=True))
         for rows in _chunks(kept, len(hidden_ND), size):
-            logprobs.append(_replace_by_error(hidden_ND[rows] @ weight_VD.T, targets_N[rows]))
+            logprobs.append(_log_probs(hidden_ND[rows] @ weight_VD.T, targets_N[rows]))
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, error_KV)
         return torch.cat([*logprobs, hidden_ND.new_empty(0, dtype=torch.float32)])
 
@@ -62,7 +62,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_weight = error_KV.T @ weighted_ND[:kept] if trained else None
         for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
             error = hidden_ND[rows] @ weight_VD.T
-            _replace_by_error(error, targets_N[rows])
+            _log_probs(error, targets_N[rows], becomes_error=True)
             grad_hidden[rows] = (error @ weight_VD).float() * less_N1[rows]
             if grad_weight is not None:  # parts add up in float32
                 grad_weight = grad_weight.float().add_(error.T @ weighted_ND[rows])
@@ -71,8 +71,9 @@ class _SelectedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
-def _replace_by_error(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Turn logits into softmax - onehot, in place; returns the targets' log-probabilities [N]."""
+def _log_probs(logits_NV: Tensor, targets_N: Tensor, becomes_error: bool = False) -> Tensor:
+    """The targets' log-probabilities [N]. With `becomes_error` softmax - onehot takes the place of
+    the logits."""
     tokens, vocabulary = logits_NV.shape
     size = max(1, WIDE_LOGITS[logits_NV.device.type] // vocabulary)
     wide_NV = logits_NV.new_empty(min(size, tokens), vocabulary, dtype=torch.float32)
@@ -86,10 +87,13 @@ def _replace_by_error(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
         if chosen.min().item() < 1e-30:  # float32 is about to run out of digits
             every = logits.float().log_softmax(-1)
             exact.append((rows, every.gather(1, targets_N[rows, None])[:, 0]))
-        logits.copy_(wide)
+        if becomes_error:
+            logits.copy_(wide)
     logprobs_N = chosen_N.log()
     for rows, found in exact:
         logprobs_N[rows] = found
+    if not becomes_error:
+        return logprobs_N
     # As an index of two: of scatter_ torch's bfloat16 kernel walks over everything.
     index = torch.arange(tokens, device=targets_N.device), targets_N
     logits_NV[index] = chosen_N.sub_(1).to(logits_NV.dtype)
