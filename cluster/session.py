@@ -28,10 +28,11 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore::FutureWarning",
 }
 
-# On a local cluster Ray's own processes share the work's CPUs, and every time that one of them wakes
-# up, a thread of the work stops, and with it the others of its operation. So they look around less
-# often than Ray lets them on a cluster; what a user has set stays.
+# On a local cluster Ray's own processes share the work's CPUs: whenever one of them wakes up, a
+# thread of the work stops, and with it the others of its operation. So they look around less often
+# than Ray lets them on a cluster; what a user has set stays.
 LOCAL_ENVIRONMENT = {
+    "METRICS_RECORD_INTERVAL_S": "60",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "10000",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away
