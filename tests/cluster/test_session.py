@@ -1,0 +1,51 @@
+"""What a local cluster is started with, and what a cluster that is joined is not told."""
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import session as module
+from cluster.session import LOCAL_ENVIRONMENT, WORKER_ENVIRONMENT, ClusterConfig, session
+
+Calls = list[tuple[dict[str, Any], dict[str, str]]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Arguments of `ray.init`, and the process's environment at each call."""
+    found: Calls = []
+
+    def init(**options: Any) -> Any:
+        found.append((options, dict(os.environ)))
+        return SimpleNamespace(dashboard_url="here")
+
+    monkeypatch.setattr(os, "environ", {"METRICS_RECORD_INTERVAL_S": "7"})
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(module, "protect_token", lambda: None)
+    return found
+
+
+def test_a_local_clusters_own_processes_are_quiet_unless_a_user_says_otherwise(
+    calls: Calls,
+) -> None:
+    with session(ClusterConfig(local_cpus=3)) as dashboard:
+        assert dashboard == "here"
+    options, environment = calls[0]
+    assert options["num_cpus"] == 3
+    assert options["runtime_env"] == {"env_vars": WORKER_ENVIRONMENT}
+    expected = LOCAL_ENVIRONMENT | {"METRICS_RECORD_INTERVAL_S": "7"}
+    assert expected.items() <= environment.items()
+
+
+def test_a_cluster_that_is_joined_keeps_its_own_ways(calls: Calls) -> None:
+    with session(ClusterConfig(address="10.0.0.1:6379")):
+        pass
+    options, environment = calls[0]
+    assert options["address"] == "10.0.0.1:6379"
+    assert environment["METRICS_RECORD_INTERVAL_S"] == "7"
+    assert not (LOCAL_ENVIRONMENT.keys() - {"METRICS_RECORD_INTERVAL_S"}) & environment.keys()
