@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.engine import Engine
@@ -118,12 +119,12 @@ class Ranking:
         """Scores [N] of the chosen and the rejected answers, before the sigmoid."""
         pairs = [self.shards.row(i) for i in rows]
         tokens_BT, segments_BT, is_last_BT = pad_right([s.tokens for pair in pairs for s in pair])
-        # The marks of last tokens are cut among the workers as targets are.
-        whole = TokenBatch(tokens_BT, segments_BT, torch.where(is_last_BT, 0, IGNORE))
+        whole = TokenBatch(tokens_BT, segments_BT, torch.full_like(tokens_BT, IGNORE))
         batch = self.sequence.share(whole).to(engine.device)
-        mine_BT = engine(batch.tokens_BT, batch.segments_BT, batch.targets_BT != IGNORE)
-        scores_BT = self.sequence.gather(mine_BT)[:, : is_last_BT.shape[1]]
-        scores_B = scores_BT[is_last_BT.to(engine.device)]
+        more = batch.segments_BT.shape[1] - is_last_BT.shape[1]
+        is_last_BT = F.pad(is_last_BT, (0, more)).to(engine.device)
+        mine_BT = engine(batch.tokens_BT, batch.segments_BT, self.sequence.mine(is_last_BT))
+        scores_B = self.sequence.gather(mine_BT)[is_last_BT]
         return scores_B[0::2], scores_B[1::2]
 
     def _loss(

@@ -30,7 +30,8 @@ WORKER_ENVIRONMENT = {
 
 # On a local cluster Ray's own processes share the work's CPUs: whenever one of them wakes up, a
 # thread of the work stops, and with it the others of its operation. So they look around less often
-# than Ray lets them on a cluster; what a user has set stays.
+# than Ray lets them on a cluster, collect no metrics, and start no worker before it is asked for.
+# What a user has set stays. It counts for the processes that Ray starts, not for the job's own.
 LOCAL_ENVIRONMENT = {
     "METRICS_RECORD_INTERVAL_S": "60",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -68,6 +69,7 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     environment = {"env_vars": WORKER_ENVIRONMENT}
     joins = config.address is not None or "RAY_ADDRESS" in os.environ
+    added: set[str] = set()
     if joins:
         # A submitted job brings this environment already; Ray refuses to be told it twice.
         submitted = WORKER_ENVIRONMENT.items() <= os.environ.items()
@@ -76,8 +78,8 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
         )
     else:
         protect_token()
-        for name, value in LOCAL_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        added = LOCAL_ENVIRONMENT.keys() - os.environ.keys()
+        os.environ.update({name: LOCAL_ENVIRONMENT[name] for name in added})
         context = ray.init(
             num_cpus=config.local_cpus,
             include_dashboard=True,  # Ray Train asks it for the state of its actors
@@ -89,6 +91,8 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
         yield context.dashboard_url
     finally:
         ray.shutdown()
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def protect_token() -> None:

@@ -65,6 +65,7 @@ def pad_right(sequences: Sequence[TokenArray]) -> tuple[Tensor, Tensor, Tensor]:
     """One sequence a row: tokens_BT, segments_BT (1, padding 0) and a mask of the last tokens,
     [B, T]."""
     lengths = [len(tokens) for tokens in sequences]
+    assert min(lengths) > 0, "a sequence without a last token"
     tokens_BT = np.zeros((len(sequences), max(lengths)), dtype=np.int64)
     for row, tokens in zip(tokens_BT, sequences, strict=True):
         row[: len(tokens)] = tokens

@@ -55,7 +55,8 @@ class Documents:
             slots.append((firsts[members, None] + offsets).reshape(-1))
             valid.append((offsets < lengths[members, None]).reshape(-1))
             self.shapes.append((int(members.sum()), longest))
-        self._is_batch = self.shapes == [segments.shape] and bool((firsts % longest == 0).all())
+        begins = np.arange(0, segments.size, segments.shape[1])
+        self._is_batch = self.shapes == [segments.shape] and np.array_equal(firsts, begins)
         """Whether the batch as it stands is the one group: a document a row, padding behind it."""
         if self._is_batch:
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 
 KEPT_BYTES = 1 << 29
 """Most that the forward pass keeps for the backward pass, in bytes; beyond it is computed again."""
-CHUNK_LOGITS = 1 << 24
+CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 25}
 """Logits that are computed at a time."""
 WIDE_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits that are held in float32 at a time; a CPU's cache should hold them."""
@@ -39,7 +39,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         room = KEPT_BYTES // (len(weight_VD) * hidden_ND.element_size()) if keep else 0
         kept = min(len(hidden_ND), room)
         error_KV = hidden_ND.new_empty(kept, len(weight_VD))
-        size = CHUNK_LOGITS // len(weight_VD)
+        size = CHUNK_LOGITS[weight_VD.device.type] // len(weight_VD)
         logprobs = []
         for rows in _chunks(0, kept, size):
             torch.mm(hidden_ND[rows], weight_VD.T, out=error_KV[rows])
@@ -60,7 +60,8 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_hidden[:kept] = (error_KV @ weight_VD).float() * less_N1[:kept]
         trained = ctx.needs_input_grad[1]
         grad_weight = error_KV.T @ weighted_ND[:kept] if trained else None
-        for rows in _chunks(kept, len(hidden_ND), CHUNK_LOGITS // len(weight_VD)):
+        size = CHUNK_LOGITS[weight_VD.device.type] // len(weight_VD)
+        for rows in _chunks(kept, len(hidden_ND), size):
             error = hidden_ND[rows] @ weight_VD.T
             _log_probs(error, targets_N[rows], becomes_error=True)
             grad_hidden[rows] = (error @ weight_VD).float() * less_N1[rows]

@@ -116,7 +116,8 @@ class Trunk(nn.Module):
         places_N: Tensor | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D]; with `places_N`, [N, D] of these tokens of the flattened batch:
-        of the others, the last layer computes what these see of them and no more."""
+        in the last layer the others take part in attention, but have neither its output projection
+        nor a feed-forward part."""
         hidden = self.embed_tokens(tokens_BT)
         layout = self._layout(tokens_BT, segments_BT, hidden.dtype)
         for number, layer in enumerate(self.layers, start=1):
@@ -176,12 +177,13 @@ class Transformer(nn.Module):
         if targets_BT is None:
             return cast(Tensor, self.lm_head(self.model(tokens_BT, segments_BT)))
         places_N = places_of(targets_BT != IGNORE)
-        hidden_ND = self.model(tokens_BT, segments_BT, places_N)
-        return cast(Tensor, self.lm_head(hidden_ND, targets_BT.flatten()[places_N]))
+        hidden = self.model(tokens_BT, segments_BT, places_N)
+        return cast(Tensor, self.lm_head(hidden.flatten(0, -2), at(places_N, targets_BT).flatten()))
 
 
 class ScalarModel(nn.Module):
-    """A trunk with one number per token: a reward model reads the last, a value model all."""
+    """A trunk with one number per token: a reward model reads the last, a value model those of the
+    answer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -196,17 +198,19 @@ class ScalarModel(nn.Module):
         wanted_BT: Tensor | None = None,
     ) -> Tensor:
         """Scalars [B, T], float32; with `wanted_BT`, 0 where that is false."""
-        if wanted_BT is None:
-            return cast(Tensor, self.score(self.model(tokens_BT, segments_BT))).squeeze(-1).float()
-        places_N = places_of(wanted_BT)
-        scores_N1 = self.score(self.model(tokens_BT, segments_BT, places_N))
-        zeros = scores_N1.new_zeros(wanted_BT.numel(), dtype=torch.float32)
-        return zeros.index_copy(0, places_N, scores_N1[:, 0].float()).view(wanted_BT.shape)
+        places_N = None if wanted_BT is None else places_of(wanted_BT)
+        hidden = self.model(tokens_BT, segments_BT, places_N)
+        scores = cast(Tensor, self.score(hidden)).squeeze(-1).float()
+        if places_N is None:
+            return scores
+        nothing_N = scores.new_zeros(tokens_BT.numel())
+        return nothing_N.index_copy(0, places_N, scores).view(tokens_BT.shape)
 
 
-def places_of(wanted_BT: Tensor) -> Tensor:
-    """Where a mask is true, as indices [N] into the flattened batch."""
-    return wanted_BT.flatten().nonzero()[:, 0]
+def places_of(wanted_BT: Tensor) -> Tensor | None:
+    """Where a mask is true, as indices [N] into the flattened batch; None where it is true
+    everywhere, so that nothing need be picked."""
+    return None if wanted_BT.all() else wanted_BT.flatten().nonzero()[:, 0]
 
 
 def initial_weights(

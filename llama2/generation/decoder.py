@@ -83,7 +83,7 @@ class Decoder:
         self, tokens_N: Tensor, positions_N: Tensor, drawing_R: Tensor, cache: Cache
     ) -> Tensor:
         """Logits [R, V] behind the tokens at places `drawing_R` of the batch that `cache` was
-        prepared for. In the last layer the others leave only their keys and values."""
+        prepared for. Behind the last layer's attention nothing is computed for the others."""
         trunk = self.model.model
         x_ND = trunk.embed_tokens(tokens_N)
         cos, sin = self.cos_L1K[positions_N], self.sin_L1K[positions_N]

@@ -43,9 +43,11 @@ def test_a_local_clusters_own_processes_are_quiet_unless_a_user_says_otherwise(
 
 
 def test_a_cluster_that_is_joined_keeps_its_own_ways(calls: Calls) -> None:
+    with session(ClusterConfig()):
+        pass
     with session(ClusterConfig(address="10.0.0.1:6379")):
         pass
-    options, environment = calls[0]
+    options, environment = calls[1]
     assert options["address"] == "10.0.0.1:6379"
     assert environment["METRICS_RECORD_INTERVAL_S"] == "7"
     assert not (LOCAL_ENVIRONMENT.keys() - {"METRICS_RECORD_INTERVAL_S"}) & environment.keys()

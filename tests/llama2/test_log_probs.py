@@ -24,7 +24,7 @@ def test_they_are_those_of_cross_entropy(
     kept: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(log_probs, "KEPT_BYTES", kept * VOCABULARY * 4)
-    monkeypatch.setattr(log_probs, "CHUNK_LOGITS", chunk * VOCABULARY)
+    monkeypatch.setitem(log_probs.CHUNK_LOGITS, "cpu", chunk * VOCABULARY)
     monkeypatch.setattr(log_probs, "WIDE_LOGITS", {"cpu": 2 * VOCABULARY})
     hidden, weight, targets, upstream = draw()
     plain = -F.cross_entropy(hidden @ weight.T, targets, reduction="none")

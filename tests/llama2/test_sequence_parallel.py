@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llama2.batches import TokenBatch, TokenSequence, pack
 from llama2.config import SIZES, ModelConfig
 from llama2.losses import IGNORE, next_token_loss, ranking_loss
-from llama2.model import ScalarModel, Transformer
+from llama2.model import ScalarModel, Transformer, Trunk
 from llama2.sequence_parallel import SequenceParallel, check_degree, groups
 
 LONG = [[9, 14, 3, 6], [21, 5], [4, 2, 2, 2, 13, 8]]
@@ -99,11 +99,15 @@ def measure(
 ) -> tuple[Tensor, Tensor]:
     """This rank's part of the loss, and what the model says of each of its tokens, [B, T]."""
     if case.scalar:
-        scores_BT = model(batch.tokens_BT, batch.segments_BT)
-        last_B = (batch.segments_BT > 0).sum(dim=1) - 1
-        scores_B = whole(scores_BT).gather(1, last_B[:, None])[:, 0]
+        real_BT = batch.segments_BT > 0
+        is_last_BT = real_BT & (real_BT.cumsum(dim=1) == real_BT.sum(dim=1, keepdim=True))
+        trunk = model.model
+        assert isinstance(trunk, Trunk)
+        mine_BT = trunk.sequence_parallel.mine(is_last_BT)
+        scores_B = whole(model(batch.tokens_BT, batch.segments_BT, mine_BT))[is_last_BT]
         loss = ranking_loss(scores_B[0::2], scores_B[1::2], torch.zeros_like(scores_B[::2]), total)
-        return loss, scores_BT.detach()
+        with torch.no_grad():
+            return loss, model(batch.tokens_BT, batch.segments_BT)
     logprobs_N = model(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
     logprobs_BT = torch.zeros(batch.tokens_BT.shape, device=logprobs_N.device)
     logprobs_BT[batch.targets_BT != IGNORE] = logprobs_N.detach()
