@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -67,30 +68,40 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
         yield None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    environment = {"env_vars": WORKER_ENVIRONMENT}
     joins = config.address is not None or "RAY_ADDRESS" in os.environ
-    added: set[str] = set()
-    if joins:
-        # A submitted job brings this environment already; Ray refuses to be told it twice.
-        submitted = WORKER_ENVIRONMENT.items() <= os.environ.items()
-        context = ray.init(
-            address=config.address or "auto", runtime_env=None if submitted else environment
-        )
-    else:
-        protect_token()
-        added = LOCAL_ENVIRONMENT.keys() - os.environ.keys()
-        os.environ.update({name: LOCAL_ENVIRONMENT[name] for name in added})
-        context = ray.init(
-            num_cpus=config.local_cpus,
-            include_dashboard=True,  # Ray Train asks it for the state of its actors
-            dashboard_host="127.0.0.1",
-            runtime_env=environment,
-            _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),  # sockets want a short path
-        )
+    with contextlib.nullcontext() if joins else _environment(LOCAL_ENVIRONMENT):
+        try:
+            yield (_join(config) if joins else _start(config)).dashboard_url
+        finally:
+            ray.shutdown()
+
+
+def _join(config: ClusterConfig) -> Any:
+    # A submitted job brings this environment already; Ray refuses to be told it twice.
+    submitted = WORKER_ENVIRONMENT.items() <= os.environ.items()
+    environment = None if submitted else {"env_vars": WORKER_ENVIRONMENT}
+    return ray.init(address=config.address or "auto", runtime_env=environment)
+
+
+def _start(config: ClusterConfig) -> Any:
+    protect_token()
+    return ray.init(
+        num_cpus=config.local_cpus,
+        include_dashboard=True,  # Ray Train asks it for the state of its actors
+        dashboard_host="127.0.0.1",
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),  # sockets want a short path
+    )
+
+
+@contextmanager
+def _environment(wanted: dict[str, str]) -> Iterator[None]:
+    """Variables of this process for the time of a `with` block; those that it has stay."""
+    added = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(added)
     try:
-        yield context.dashboard_url
+        yield
     finally:
-        ray.shutdown()
         for name in added:
             os.environ.pop(name, None)
 

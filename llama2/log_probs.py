@@ -39,12 +39,11 @@ class _SelectedLogProbs(torch.autograd.Function):
         room = KEPT_BYTES // (len(weight_VD) * hidden_ND.element_size()) if keep else 0
         kept = min(len(hidden_ND), room)
         error_KV = hidden_ND.new_empty(kept, len(weight_VD))
-        size = CHUNK_LOGITS[weight_VD.device.type] // len(weight_VD)
         logprobs = []
-        for rows in _chunks(0, kept, size):
+        for rows in _pieces(0, kept, weight_VD):
             torch.mm(hidden_ND[rows], weight_VD.T, out=error_KV[rows])
             logprobs.append(_log_probs(error_KV[rows], targets_N[rows], becomes_error=True))
-        for rows in _chunks(kept, len(hidden_ND), size):
+        for rows in _pieces(kept, len(hidden_ND), weight_VD):
             logprobs.append(_log_probs(hidden_ND[rows] @ weight_VD.T, targets_N[rows]))
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, error_KV)
         return torch.cat([*logprobs, hidden_ND.new_empty(0, dtype=torch.float32)])
@@ -60,8 +59,7 @@ class _SelectedLogProbs(torch.autograd.Function):
         grad_hidden[:kept] = (error_KV @ weight_VD).float() * less_N1[:kept]
         trained = ctx.needs_input_grad[1]
         grad_weight = error_KV.T @ weighted_ND[:kept] if trained else None
-        size = CHUNK_LOGITS[weight_VD.device.type] // len(weight_VD)
-        for rows in _chunks(kept, len(hidden_ND), size):
+        for rows in _pieces(kept, len(hidden_ND), weight_VD):
             error = hidden_ND[rows] @ weight_VD.T
             _log_probs(error, targets_N[rows], becomes_error=True)
             grad_hidden[rows] = (error @ weight_VD).float() * less_N1[rows]
@@ -99,6 +97,11 @@ def _log_probs(logits_NV: Tensor, targets_N: Tensor, becomes_error: bool = False
     index = torch.arange(tokens, device=targets_N.device), targets_N
     logits_NV[index] = chosen_N.sub_(1).to(logits_NV.dtype)
     return logprobs_N
+
+
+def _pieces(start: int, end: int, weight_VD: Tensor) -> list[slice]:
+    """Tokens whose logits are computed together."""
+    return _chunks(start, end, CHUNK_LOGITS[weight_VD.device.type] // len(weight_VD))
 
 
 def _chunks(start: int, end: int, size: int) -> list[slice]:

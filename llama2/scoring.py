@@ -57,13 +57,13 @@ def continuations(
     inputs = list(asked)
     for numbers in _numbered([len(tokens) for tokens in inputs], batch_tokens):
         batch = [inputs[i] for i in numbers]
-        hidden_TD, starts = _hidden(model, batch)
+        starts = _starts(batch)
         owners = [i for tokens in batch for i in asked[tokens]]
         lasts = [s + len(t) for t, s in zip(batch, starts, strict=True) for _ in asked[t]]
         counts = [len(pairs[i][1]) for i in owners]
         places = [p for last, n in zip(lasts, counts, strict=True) for p in range(last - n, last)]
         targets = [token for i in owners for token in pairs[i][1]]
-        logprobs, greedy = _likelihoods(model, hidden_TD, places, targets)
+        logprobs, greedy = _likelihoods(model, _hidden(model, batch, places), targets)
         ends = np.cumsum(counts)
         for i, end, n in zip(owners, ends.tolist(), counts, strict=True):
             part = slice(end - n, end)
@@ -79,13 +79,13 @@ def sequence_logprobs(
     found: dict[int, float] = {}
     inputs = [tuple(sequence.tokens[:-1].tolist()) for sequence in sequences]
     for numbers in _numbered([len(tokens) for tokens in inputs], batch_tokens):
-        hidden_TD, starts = _hidden(model, [inputs[i] for i in numbers])
+        batch = [inputs[i] for i in numbers]
         wanted = [np.flatnonzero(sequences[i].is_target[1:]) for i in numbers]
-        places = np.concatenate([w + s for w, s in zip(wanted, starts, strict=True)])
+        places = np.concatenate([w + s for w, s in zip(wanted, _starts(batch), strict=True)])
         targets = [
             int(t) for i, w in zip(numbers, wanted, strict=True) for t in sequences[i].tokens[1:][w]
         ]
-        logprobs_N = _logprobs(model, hidden_TD, places.tolist(), targets)
+        logprobs_N = _logprobs(model, _hidden(model, batch, places.tolist()), targets)
         parts = logprobs_N.cpu().double().split([len(w) for w in wanted])
         found.update({i: float(part.sum()) for i, part in zip(numbers, parts, strict=True)})
     return [found[i] for i in range(len(sequences))]
@@ -98,9 +98,10 @@ def last_scores(
     """What a reward model says at the last token of each sequence, before the sigmoid."""
     found: dict[int, float] = {}
     for numbers in _numbered([len(tokens) for tokens in sequences], batch_tokens):
-        tokens_BT, segments_BT, starts = _row([sequences[i] for i in numbers])
+        batch = [sequences[i] for i in numbers]
+        tokens_BT, segments_BT = _row(batch)
         device = model.score.weight.device
-        ends = [start + len(sequences[i]) - 1 for start, i in zip(starts, numbers, strict=True)]
+        ends = [start + len(s) - 1 for start, s in zip(_starts(batch), batch, strict=True)]
         is_end_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
         is_end_BT[0, ends] = True
         scores_T = model(tokens_BT.to(device), segments_BT.to(device), is_end_BT.to(device))[0]
@@ -122,39 +123,40 @@ def _numbered(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _row(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, list[int]]:
-    """tokens_BT and segments_BT of one row that holds all sequences, and where each begins."""
+def _starts(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """Where each sequence begins, one behind the other."""
+    return [0, *np.cumsum([len(tokens) for tokens in sequences]).tolist()[:-1]]
+
+
+def _row(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """tokens_BT and segments_BT of one row that holds all sequences."""
     lengths = [len(tokens) for tokens in sequences]
     tokens_T = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
     segments_T = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-    starts = [0, *np.cumsum(lengths).tolist()[:-1]]
-    return torch.from_numpy(tokens_T)[None], torch.from_numpy(segments_T)[None], starts
+    return torch.from_numpy(tokens_T)[None], torch.from_numpy(segments_T)[None]
 
 
-def _hidden(model: Transformer, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    tokens_BT, segments_BT, starts = _row(sequences)
-    device = model.lm_head.weight.device
-    return model.model(tokens_BT.to(device), segments_BT.to(device))[0], starts
-
-
-def _logprobs(
-    model: Transformer, hidden_TD: Tensor, places: Sequence[int], targets: Sequence[int]
+def _hidden(
+    model: Transformer, sequences: Sequence[Sequence[int]], places: Sequence[int]
 ) -> Tensor:
-    """Log-probability of each target behind the token at its place, float32 [N]."""
-    at = torch.tensor(places, device=hidden_TD.device)
-    logprobs_N: Tensor = model.lm_head(hidden_TD[at], torch.tensor(targets, device=at.device))
+    """Hidden states [N, D] of the tokens at `places` of the row."""
+    device = model.lm_head.weight.device
+    places_N = torch.tensor(places, device=device)
+    hidden: Tensor = model.model(*(x.to(device) for x in _row(sequences)), places_N)
+    return hidden
+
+
+def _logprobs(model: Transformer, hidden_ND: Tensor, targets: Sequence[int]) -> Tensor:
+    """Log-probability of each target behind its token, float32 [N]."""
+    logprobs_N: Tensor = model.lm_head(hidden_ND, torch.tensor(targets, device=hidden_ND.device))
     return logprobs_N
 
 
 def _likelihoods(
-    model: Transformer, hidden_TD: Tensor, places: Sequence[int], targets: Sequence[int]
+    model: Transformer, hidden_ND: Tensor, targets: Sequence[int]
 ) -> tuple[list[float], list[bool]]:
-    logprobs_N = _logprobs(model, hidden_TD, places, targets)
-    greedy: list[bool] = []
+    logprobs_N = _logprobs(model, hidden_ND, targets)
     size = max(1, GREEDY_LOGITS // model.config.vocab_size)
-    for start in range(0, len(places), size):
-        at = torch.tensor(places[start : start + size], device=hidden_TD.device)
-        likeliest_N = model.lm_head(hidden_TD[at]).argmax(dim=-1)
-        wanted = targets[start : start + size]
-        greedy += [a == b for a, b in zip(likeliest_N.tolist(), wanted, strict=True)]
+    likeliest_N = torch.cat([model.lm_head(part).argmax(dim=-1) for part in hidden_ND.split(size)])
+    greedy = [a == b for a, b in zip(likeliest_N.tolist(), targets, strict=True)]
     return logprobs_N.tolist(), greedy

@@ -1,6 +1,7 @@
 """What a local cluster is started with, and what a cluster that is joined is not told."""
 
 import os
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,3 +52,18 @@ def test_a_cluster_that_is_joined_keeps_its_own_ways(calls: Calls) -> None:
     assert options["address"] == "10.0.0.1:6379"
     assert environment["METRICS_RECORD_INTERVAL_S"] == "7"
     assert not (LOCAL_ENVIRONMENT.keys() - {"METRICS_RECORD_INTERVAL_S"}) & environment.keys()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_local_clusters_environment_ends_with_it(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    def refuse(**options: Any) -> Any:
+        raise ConnectionError("no")
+
+    if fails:
+        monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConnectionError) if fails else nullcontext(), session(ClusterConfig()):
+        assert os.environ.keys() > LOCAL_ENVIRONMENT.keys()
+    assert not (LOCAL_ENVIRONMENT.keys() - {"METRICS_RECORD_INTERVAL_S"}) & os.environ.keys()
+    assert os.environ["METRICS_RECORD_INTERVAL_S"] == "7"
