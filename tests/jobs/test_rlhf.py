@@ -89,7 +89,8 @@ def test_two_rounds_go_on_where_they_stopped(
     assert summary is not None
     assert [row["run"] for row in summary[rlhf.TABLE]] == ["tiny-sft", "v1-sft", "v2-ppo"]
     stages = [line["stage"] for line in summary[rlhf.SECONDS]]
-    assert stages == [name for name in lineage if name not in ("data", "base", "sft")]
+    assert stages == [name for name in lineage if name not in ("data", "base", "sft", loop.name)]
+    assert lineage[loop.name]["parents"].keys() == {summary["best"], "evaluation"}
     best = small.runs / "tiny-sft" / "model"
     if summary["best"] != "sft":
         best = loop.path / summary["best"] / "model"
