@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from actors.generator_config import GeneratorConfig
-from cluster import weights
+from cluster.loading import Loader
 from cluster.weights import Snapshot, Version
 from llama2 import checkpoint
 from llama2.config import ModelConfig
@@ -48,6 +48,7 @@ class OwnBackend:
         torch.set_num_threads(config.threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = checkpoint.load(folder, dtype=PRECISIONS[precision], device=device).eval()
+        self._loader = Loader(self._model)
         self._engine = Engine(
             self._model,
             config.max_batch_size,
@@ -72,8 +73,8 @@ class OwnBackend:
         self._engine.cancel(id)
 
     def load(self, snapshot: Snapshot) -> Version:
-        """Copy these weights into the model, and forget what the cache holds of the old ones."""
-        version = weights.load(self._model, snapshot)
+        """Compute with these weights, and forget what the cache holds of the old ones."""
+        version = self._loader.load(snapshot)
         self._engine.weights_changed()
         return version
 

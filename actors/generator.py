@@ -17,8 +17,8 @@ from actors.engine_loop import EngineFailed, EngineLoop
 from actors.generator_config import GeneratorConfig
 from actors.records import Piece, Request, Rollout
 from actors.replica_load import UNFINISHED, FewestExpectedTokens, ReplicasForRequests
-from cluster import weights
-from cluster.weights import Receipt, Snapshot, Version, WeightStore
+from cluster import loading
+from cluster.weights import Receipt, Version, WeightStore
 from llama2.generation import Sampling
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -79,7 +79,7 @@ class Generator:
         is summed up from the model itself."""
         assert self._store is not None, "nothing is published to this deployment"
         store = self._store
-        version = await self._engine.load(lambda: weights.fetch(store))
+        version = await self._engine.load(lambda: loading.fetch(store))
         return Receipt(serve.get_replica_context().replica_id.unique_id, version)
 
     async def _catch_up(self, wanted: Version | None) -> None:
@@ -87,13 +87,7 @@ class Generator:
         if wanted is None or wanted == self._engine.version or self._store is None:
             return
         store = self._store
-
-        def newer() -> Snapshot | None:
-            newest = weights.fetch(store)
-            held = self._engine.version
-            return None if newest is None or newest.version == held else newest
-
-        await self._engine.load(newer)
+        await self._engine.load(lambda: loading.fetch(store, unless=self._engine.version))
 
     def check_health(self) -> None:
         """Serve asks this every few seconds, and replaces a replica that raises three times."""
@@ -116,7 +110,7 @@ def prepare(
     """An engine with the newest weights. Raises as `make_backend` does."""
     backend = make_backend(folder, config, precision)
     # A replica that starts late, or again, must not serve the initial weights.
-    newest = None if store is None else weights.fetch(store)
+    newest = None if store is None else loading.fetch(store)
     return backend, FROM_FOLDER if newest is None else backend.load(newest)
 
 

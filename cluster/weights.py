@@ -1,28 +1,27 @@
-"""Published weights: where they lie, and how replicas take them.
+"""Published weights: what they are, and where they lie.
 
 A store, an actor that outlives the learner's workers, has the newest weights. Where the learner's
 first worker is on the store's node, it writes them into memory that the node's processes share, and
-replicas there copy them from it into their models. Between nodes they travel as objects, bucket by
-bucket: the store asks for each, and an object belongs to the actor that called for it, so that it
-is the store's although the worker wrote it. A node fetches each object once, for all its replicas.
+replicas there compute with what lies in it, or copy it to their GPUs; the next ones are written
+beside it. Between nodes they travel as objects, bucket by bucket: the store asks for each, and an
+object belongs to the actor that called for it, so that it is the store's although the worker wrote
+it. A node fetches each object once, for all its replicas.
 """
 
 import math
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 import xxhash
 from ray.exceptions import GetTimeoutError
-from torch import Tensor, nn
+from torch import Tensor
 
 from cluster import shared_memory
-from cluster.shared_memory import Bytes, Segment
+from cluster.shared_memory import Bytes, Lease, Segment, Segments
 
 BUCKET = 1 << 26
 """Bytes that travel together; an object costs as much as 10 MB or so of its bytes."""
@@ -67,11 +66,7 @@ class Bucket:
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and views."""
         for field, part in zip(self.fields, self.parts, strict=True):
-            with warnings.catch_warnings():
-                # Shared memory is read-only, which torch cannot express; nobody writes to a view.
-                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-                data = torch.from_numpy(part)
-            yield field.name, data.view(field.dtype).view(field.shape)
+            yield field.name, as_tensor(part).view(field.dtype).view(field.shape)
 
 
 @dataclass(frozen=True)
@@ -80,6 +75,8 @@ class Snapshot:
 
     version: Version
     buckets: tuple[Bucket, ...]
+    lease: Lease | None = None
+    """Of the shared memory that the one bucket lies in."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Names and read-only views."""
@@ -104,13 +101,21 @@ def pack(weights: Iterable[tuple[str, Tensor]]) -> Bucket:
     """Weights as a bucket, without a copy of those that lie contiguous in the host's memory."""
     named = [(name, tensor.detach()) for name, tensor in weights]
     fields = (Field(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in named)
-    return Bucket(tuple(fields), tuple(_bytes(tensor) for _, tensor in named))
+    return Bucket(tuple(fields), tuple(as_bytes(tensor) for _, tensor in named))
 
 
-def _bytes(tensor: Tensor) -> Bytes:
+def as_bytes(tensor: Tensor) -> Bytes:
+    """A tensor's bytes, without a copy where it lies contiguous in the host's memory."""
     flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     found: Bytes = flat.numpy()
     return found
+
+
+def as_tensor(memory: Bytes) -> Tensor:
+    """A view of bytes, which may be read-only: torch cannot express that, nobody writes to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(memory)
 
 
 def checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -118,50 +123,8 @@ def checksum(weights: Iterable[tuple[str, Tensor]]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in weights:
         digest.update(name.encode())
-        digest.update(_bytes(tensor).data)
+        digest.update(as_bytes(tensor).data)
     return digest.hexdigest()
-
-
-def load(module: nn.Module, source: Snapshot) -> Version:
-    """Copy a snapshot into `module` and return what the module now holds, summed up afresh.
-
-    Weights are summed up from the module's own memory, right after they were written. Weights that
-    are rounded on the way give another version than the snapshot's. The snapshot must have every
-    weight of the module, tied ones once, and no others.
-    """
-    state = module.state_dict()
-    _check_names(state, source)
-    digest = xxhash.xxh3_128()
-    with torch.no_grad():
-        for name, tensor in source.tensors():
-            digest.update(name.encode())
-            _copy(state[name], tensor, digest)
-    return Version(source.version.number, digest.hexdigest())
-
-
-def _check_names(state: dict[str, Tensor], source: Snapshot) -> None:
-    shapes = {field.name: field.shape for bucket in source.buckets for field in bucket.fields}
-    for name, shape in shapes.items():
-        assert name in state, f"the module has no weight {name}"
-        assert state[name].shape == shape, f"{name} is {tuple(state[name].shape)}, not {shape}"
-    # Were two of them one tensor here, the second would overwrite the first, which is summed up.
-    held = {state[name].data_ptr() for name in shapes if state[name].numel()}
-    assert len(held) == sum(state[name].numel() > 0 for name in shapes), "tied, but not there"
-    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in held]
-    assert not any(state[name].numel() for name in missing), f"no weights for {missing}"
-
-
-def _copy(target: Tensor, source: Tensor, digest: Any) -> None:
-    """Copy, and add to the digest what `target` then holds."""
-    if target.device.type != "cpu" or target.dtype != source.dtype or not target.is_contiguous():
-        target.copy_(source)
-        digest.update(_bytes(target.to(source.dtype)).data)
-        return
-    there, here = _bytes(target), _bytes(source)
-    for start in range(0, len(here), CHUNK):
-        chunk = there[start : start + CHUNK]
-        np.copyto(chunk, here[start : start + CHUNK])
-        digest.update(chunk.data)
 
 
 @dataclass(frozen=True)
@@ -200,9 +163,11 @@ class WeightStore:
     def __init__(self) -> None:
         self._node = ray.get_runtime_context().get_node_id()
         self._attempt, self._number = 0, -1
+        self._segments = Segments()
         self._segment: Segment | None = None
+        """Into which the newest weights are written."""
         self._writer = 0
-        """The attempt that has the segment."""
+        """The attempt that has segments."""
         self._publisher: Any = None
         self._taken: list[ray.ObjectRef[Bucket]] = []
         self._shelf = Shelf()
@@ -224,11 +189,10 @@ class WeightStore:
         self._shelf = Shelf(underway=number)
         self._asked_before, self._asked = self._asked, set()
         # A worker of an earlier attempt that was only asleep may still write into what it has.
-        if self._segment is not None and (self._writer != attempt or node != self._node):
-            shared_memory.release(self._segment)
-            self._segment = None
-        if self._segment is None and node == self._node:
-            self._segment, self._writer = shared_memory.create(), attempt
+        if self._writer != attempt or node != self._node:
+            self._segments.release()
+        self._writer = attempt
+        self._segment = self._segments.claim() if node == self._node else None
         return self._segment
 
     def take(self, attempt: int, place: int) -> list["ray.ObjectRef[Bucket]"]:
@@ -241,6 +205,8 @@ class WeightStore:
         """All weights are there."""
         self._check(attempt)
         assert version.number == self._number
+        if self._segment is not None:
+            self._segments.open_to_readers(self._segment)
         self._shelf = Shelf(None, version, self._segment, fields, tuple(self._taken))
         self._publisher = None
 
@@ -285,41 +251,6 @@ offered: dict[int, Bucket] = {}
 def hand_over(_: Any, place: int) -> Bucket:
     """A bucket of this process: runs in the publisher, called by the store."""
     return offered[place]
-
-
-def fetch(store: "ray.actor.ActorHandle[WeightStore]", timeout: float = 60.0) -> Snapshot | None:
-    """The newest weights, None before the first publication; waits for one that is under way.
-
-    Load a snapshot at once: with the next publication others lie in its place, which shows in the
-    checksum. Raises `TimeoutError` where all this takes longer than `timeout` seconds.
-    """
-    deadline = time.monotonic() + timeout
-    node = ray.get_runtime_context().get_node_id()
-    while True:
-        shelf: Shelf = answer(store.latest.remote(_name(), node), "show its weights", timeout)
-        if shelf.underway is None:
-            break
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"Weights {shelf.underway} are still being published after {timeout:g} s; look for "
-                "a worker of the learner that died or hangs."
-            )
-        time.sleep(POLL)
-    if shelf.version is None:
-        return None
-    if shelf.segment is None:
-        buckets = answer(list(shelf.buckets), "hand out its weights", timeout)
-        return Snapshot(shelf.version, tuple(buckets))
-    memory = shared_memory.attach(shelf.segment)
-    parts = tuple(memory[place] for place in places(shelf.fields))
-    return Snapshot(shelf.version, (Bucket(shelf.fields, parts),))
-
-
-def _name() -> str:
-    """What messages call this process."""
-    context = ray.get_runtime_context()
-    actor = context.get_actor_id()
-    return (context.get_actor_name() or actor) if actor else context.get_worker_id()
 
 
 def answer(call: Any, what: str, timeout: float) -> Any:

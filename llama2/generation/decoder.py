@@ -6,7 +6,7 @@ context, R rows that draw, V vocabulary.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import pairwise, starmap
 from typing import NamedTuple, Protocol
 
 import torch
@@ -71,13 +71,12 @@ class Decoder:
         frequencies = inverse_frequencies(config).to(weight.device)
         cos, sin = rotation(positions, frequencies, 1, weight.dtype)
         self.cos_L1K, self.sin_L1K = cos.transpose(0, 1), sin.transpose(0, 1)
-        self._layers = [_products(layer) for layer in model.model.layers]
-        self._head = Product(weight, None)
+        self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Compute with what the model's weights now are."""
-        for product in (self._head, *chain.from_iterable(self._layers)):
-            product.weights_changed()
+        """Compute with what the model's weights now are, be it in the same memory or in other."""
+        self._layers = [_products(layer) for layer in self.model.model.layers]
+        self._head = Product(self.model.lm_head.weight, None)
 
     def forward(
         self, tokens_N: Tensor, positions_N: Tensor, drawing_R: Tensor, cache: Cache
@@ -137,14 +136,25 @@ def _products(layer: nn.Module) -> _Products:
 
 @torch.no_grad()
 def _joined(linears: list[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Weights and biases one below the other; the modules' own become views of them."""
-    weight = torch.cat([linear.weight for linear in linears])
-    sizes = [linear.out_features for linear in linears]
-    for linear, part in zip(linears, weight.split(sizes), strict=True):
-        linear.weight.data = part
-    if linears[0].bias is None:
-        return weight, None
-    bias = torch.cat([linear.bias for linear in linears])
-    for linear, part in zip(linears, bias.split(sizes), strict=True):
-        linear.bias.data = part
-    return weight, bias
+    """Weights and biases one below the other; the modules' own are views of them."""
+    weight = _one_below_the_other([linear.weight for linear in linears])
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return weight, _one_below_the_other(biases) if biases else None
+
+
+def _one_below_the_other(parts: list[Tensor]) -> Tensor:
+    if all(starmap(_adjacent, pairwise(parts))):
+        rows = sum(len(part) for part in parts)
+        return parts[0].detach().as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
+    joined = torch.cat(parts)
+    for own, part in zip(parts, joined.split([len(part) for part in parts]), strict=True):
+        own.data = part
+    return joined
+
+
+def _adjacent(first: Tensor, second: Tensor) -> bool:
+    """Whether the second one begins where the first one ends."""
+    storages = [tensor.untyped_storage().data_ptr() for tensor in (first, second)]
+    end = first.data_ptr() + first.numel() * first.itemsize
+    plain = first.is_contiguous() and second.is_contiguous()
+    return plain and storages[0] == storages[1] and second.data_ptr() == end

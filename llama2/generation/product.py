@@ -10,7 +10,7 @@ class Product:
 
     A CPU multiplies a few rows by a bfloat16 matrix up to three times as fast where the matrix is
     laid out for it; the result is the same to the bit. So a copy laid out that way is kept there,
-    made at the first product and after `weights_changed`.
+    made at the first product.
     """
 
     def __init__(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
@@ -31,7 +31,3 @@ class Product:
             x_NI, self._laid_out, self._bias, "none", [], ""
         )
         return result
-
-    def weights_changed(self) -> None:
-        """Let go of the copy."""
-        self._laid_out = None

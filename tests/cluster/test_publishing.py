@@ -16,7 +16,8 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import nn
 
-from cluster import publishing, weights
+from cluster import loading, publishing, weights
+from cluster.loading import Loader
 from cluster.publishing import PublishError
 from cluster.session import WORKER_ENVIRONMENT
 from cluster.weights import Fenced, Receipt, Shelf, Version, WeightStore
@@ -59,6 +60,7 @@ class Replica:
 
     def __init__(self, store: Any, name: str) -> None:
         self._store, self._name, self._net = store, name, net(99)
+        self._loader = Loader(self._net)
         self._version = Version(-1, "")
         self.refresh()
 
@@ -69,9 +71,9 @@ class Replica:
             time.sleep(3)
         if mood == "breaks":
             raise RuntimeError("out of order")
-        found = weights.fetch(self._store, timeout=20)
+        found = loading.fetch(self._store, timeout=20)
         if found is not None:
-            self._version = weights.load(self._net, found)
+            self._version = self._loader.load(found)
             if mood == "forgets":
                 self._version = Version(0, "")
         return Receipt(self._name, self._version)
@@ -179,6 +181,19 @@ def test_weights_outlive_their_worker_and_make_room_for_the_next(two: Two) -> No
     assert ray.get(late.checksum.remote()) == expected(9, 0).checksum
 
 
+def test_a_replica_that_missed_weights_keeps_its_own(two: Two) -> None:
+    """Although it computes with the memory that the learner's first worker writes."""
+    publisher, late = two.publisher(0), two.start(Replica, 0, two.store, "late-again")
+    two.confirm(ray.get(publisher.publish.remote(1, seed=1)))
+    assert ray.get(late.refresh.remote()).version == expected(1, 1)
+    for number in range(2, 6):
+        version = ray.get(publisher.publish.remote(number, seed=number))
+        two.confirm(version)
+        assert two.held() == [version.checksum] * 2
+    assert ray.get(late.checksum.remote()) == expected(1, 1).checksum
+    assert ray.get(late.refresh.remote()).version == version
+
+
 def memory_summary() -> str:
     return internal_api.memory_summary(ray.get_runtime_context().gcs_address, stats_only=True)
 
@@ -213,7 +228,7 @@ def test_a_worker_that_dies_in_the_middle_keeps_replicas_waiting_for_the_next(
     os.kill(ray.get(dying.pid.remote()), signal.SIGKILL)
     sentence = r"Weights 4 are still being published after 0.2 s; look for a worker"
     with pytest.raises(TimeoutError, match=sentence):
-        weights.fetch(two.store, timeout=0.2)
+        loading.fetch(two.store, timeout=0.2)
     version = ray.get(two.publisher(1).publish.remote(4, seed=2))
     assert {receipt.version for receipt in ray.get(waiting)} == {version} == {expected(4, 2)}
 
