@@ -10,7 +10,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from cluster.shared_memory import Lease
+from cluster import shared_memory
+from cluster.shared_memory import Gone, Lease
 from cluster.weights import (
     CHUNK,
     POLL,
@@ -45,21 +46,28 @@ def fetch(
         if shelf.underway is None:
             if shelf.version is None or shelf.version == unless:
                 return None
-            if shelf.segment is None:
-                buckets = answer(list(shelf.buckets), "hand out its weights", timeout)
-                return Snapshot(shelf.version, tuple(buckets))
             try:
-                lease = Lease(shelf.segment)
-            except BlockingIOError:
-                continue  # the next ones are being written there already
-            parts = tuple(lease.memory[place] for place in places(shelf.fields))
-            return Snapshot(shelf.version, (Bucket(shelf.fields, parts),), lease)
+                return _taken(shelf, shelf.version, timeout)
+            except Gone:  # others have been published since the store answered, or are about to be
+                pass
         if time.monotonic() > deadline:
+            number = shelf.underway if shelf.version is None else shelf.version.number
             raise TimeoutError(
-                f"Weights {shelf.underway} are still being published after {timeout:g} s; look for "
+                f"Weights {number} are still being published after {timeout:g} s; look for "
                 "a worker of the learner that died or hangs."
             )
         time.sleep(POLL)
+
+
+def _taken(shelf: Shelf, version: Version, timeout: float) -> Snapshot:
+    if shelf.segment is None:
+        shared_memory.forget_closed()
+        return Snapshot(
+            version, tuple(answer(list(shelf.buckets), "hand out its weights", timeout))
+        )
+    lease = Lease(shelf.segment)
+    parts = tuple(lease.memory[place] for place in places(shelf.fields))
+    return Snapshot(version, (Bucket(shelf.fields, parts),), lease)
 
 
 def _name() -> str:
@@ -73,7 +81,8 @@ class Loader:
     """Gives a module one snapshot after another.
 
     What lies in the node's shared memory is not copied into a module on a CPU that has the same
-    dtypes: it becomes the module's own storage, which nobody may write to.
+    dtypes: it becomes the module's own storage, which nobody may write to but this, the module's
+    only loader.
     """
 
     def __init__(self, module: nn.Module) -> None:

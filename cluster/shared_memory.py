@@ -8,13 +8,20 @@ import fcntl
 import mmap
 import os
 import weakref
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import numpy as np
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+TOKEN = 32
+"""Bytes of a token, which stands behind a segment's memory."""
+
+
+class Gone(RuntimeError):
+    """What was to be read from a segment is not there any more."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,13 @@ class Segment:
     process: int
     descriptor: int
     size: int
-    name: str
-    """Of no other segment: a process can use the number of a descriptor again."""
+    token: str = ""
+    """Of what is written into it this time."""
 
-    def open(self, flags: int) -> int:
-        """A file descriptor of this process. Raises `OSError` where the maker has ended."""
-        return os.open(f"/proc/{self.process}/fd/{self.descriptor}", flags)
+    @property
+    def path(self) -> str:
+        """A file that other processes can open while the maker has it."""
+        return f"/proc/{self.process}/fd/{self.descriptor}"
 
 
 class Segments:
@@ -48,14 +56,19 @@ class Segments:
         for spare in free[1:]:
             os.close(spare.descriptor)
             self._made.remove(spare)
-        if free or not hasattr(os, "memfd_create"):
-            return free[0] if free else None
-        size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        descriptor = os.memfd_create("weights")
-        os.ftruncate(descriptor, size)
-        self._made.append(Segment(os.getpid(), descriptor, size, uuid4().hex))
-        assert _locked(self._made[-1])
-        return self._made[-1]
+        forget_closed()
+        if not free:
+            if not hasattr(os, "memfd_create"):
+                return None
+            size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            descriptor = os.memfd_create("weights")
+            os.ftruncate(descriptor, size + TOKEN)
+            free = [Segment(os.getpid(), descriptor, size)]
+            self._made += free
+            assert _locked(free[0])
+        claimed = replace(free[0], token=uuid4().hex)
+        os.pwrite(claimed.descriptor, claimed.token.encode(), claimed.size)
+        return claimed
 
     def open_to_readers(self, segment: Segment) -> None:
         """What was to be written into a claimed segment is there."""
@@ -66,6 +79,7 @@ class Segments:
         for segment in self._made:
             os.close(segment.descriptor)
         self._made.clear()
+        forget_closed()
 
 
 def _locked(segment: Segment) -> bool:
@@ -79,27 +93,53 @@ def _locked(segment: Segment) -> bool:
 class Lease:
     """A segment's memory, read-only. Nobody writes into it as long as this object is there.
 
-    Raises `BlockingIOError` where the segment is claimed, `OSError` where its maker has ended.
+    Raises `Gone` where others are written there, or were, or where the maker has let go of it.
     """
 
     def __init__(self, segment: Segment) -> None:
-        descriptor = segment.open(os.O_RDONLY)
-        weakref.finalize(self, os.close, descriptor)  # the lock goes with it
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        self.memory = attach(segment)
+        try:
+            descriptor = os.open(segment.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)  # the lock goes with it
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            if os.pread(descriptor, TOKEN, segment.size) != segment.token.encode():
+                raise Gone("the segment was written again")
+            self.memory = attach(segment)
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise Gone("the segment is written to, or its maker has closed it") from error
 
 
-# Attaching again would bring back a page fault for each of its pages. There are two, in turns.
-@lru_cache(maxsize=2)
+_attached: dict[tuple[str, int, bool], Bytes] = {}
+"""By path, inode and whether it is writable. Attaching memory again would bring back a page fault
+for each of its pages."""
+
+
 def attach(segment: Segment, writable: bool = False) -> Bytes:
     """The memory of a segment that a process of this node has made.
 
-    Raises `OSError` where that process has ended.
+    Raises `FileNotFoundError` where that process has closed it or has ended.
     """
-    descriptor = segment.open(os.O_RDWR if writable else os.O_RDONLY)
-    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+    forget_closed()
+    key = segment.path, os.stat(segment.path).st_ino, writable
+    if key not in _attached:
+        descriptor = os.open(segment.path, os.O_RDWR if writable else os.O_RDONLY)
+        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+        try:
+            mapped = mmap.mmap(descriptor, segment.size, access=access)
+        finally:
+            os.close(descriptor)
+        _attached[key] = np.frombuffer(mapped, dtype=np.uint8)
+    return _attached[key]
+
+
+def forget_closed() -> None:
+    """Keep no memory attached that its maker has let go of; what is still used stays until then."""
+    for path, inode, writable in list(_attached):
+        if _inode(path) != inode:
+            del _attached[path, inode, writable]
+
+
+def _inode(path: str) -> int | None:
     try:
-        mapped = mmap.mmap(descriptor, segment.size, access=access)
-    finally:
-        os.close(descriptor)
-    return np.frombuffer(mapped, dtype=np.uint8)
+        return os.stat(path).st_ino
+    except FileNotFoundError:
+        return None

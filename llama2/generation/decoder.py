@@ -74,7 +74,9 @@ class Decoder:
         self.weights_changed()
 
     def weights_changed(self) -> None:
-        """Compute with what the model's weights now are, be it in the same memory or in other."""
+        """Compute with what the model's weights now are: in the same memory or, where no graph has
+        been captured, in other."""
+        self._layers: list[_Products] = []  # lets go of what the old ones hold
         self._layers = [_products(layer) for layer in self.model.model.layers]
         self._head = Product(self.model.lm_head.weight, None)
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 
-from cluster import shared_memory, weights
+from cluster import loading, publishing, shared_memory, weights
 from cluster.loading import Loader
 from cluster.shared_memory import Lease, Segments
 from cluster.weights import Bucket, Snapshot, Version
@@ -20,6 +21,33 @@ def snapshot(module: nn.Module, number: int) -> Snapshot:
     return Snapshot(version, (weights.pack(named[:1]), weights.pack(named[1:])))
 
 
+@pytest.fixture
+def segments() -> Iterator[Segments]:
+    made = Segments()
+    yield made
+    made.release()
+
+
+def shared(module: nn.Module, number: int, segments: Segments) -> Snapshot:
+    """Its weights as a learner on the same node writes them."""
+    segment = segments.claim()
+    assert segment is not None
+    memory, digest = shared_memory.attach(segment, writable=True), xxhash.xxh3_128()
+    fields = publishing._write([list(module.named_parameters())], digest, memory)
+    segments.open_to_readers(segment)
+    lease = Lease(segment)
+    parts = tuple(lease.memory[place] for place in weights.places(fields))
+    version = Version(number, digest.hexdigest())
+    return Snapshot(version, (Bucket(tuple(fields), parts),), lease)
+
+
+def within(module: nn.Module, snapshot: Snapshot) -> int:
+    """How many of its weights have the shared memory as their storage."""
+    assert snapshot.lease is not None
+    first, size = snapshot.lease.memory.ctypes.data, snapshot.lease.memory.size
+    return sum(first <= weight.data_ptr() < first + size for weight in module.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replica_ends_with_the_trainers_bytes(dtype: torch.dtype) -> None:
     trainer, replica = net(0, dtype), net(1, dtype)
@@ -29,12 +57,18 @@ def test_a_replica_ends_with_the_trainers_bytes(dtype: torch.dtype) -> None:
     assert same(trainer, replica)
 
 
-def test_weights_of_any_size_are_loaded_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_any_size_are_written_and_loaded_whole(
+    monkeypatch: pytest.MonkeyPatch, segments: Segments
+) -> None:
     """Also where they do not fill the pieces that are copied at once."""
-    monkeypatch.setattr(weights, "CHUNK", 64)
+    monkeypatch.setattr(loading, "CHUNK", 64)
+    monkeypatch.setattr(publishing, "CHUNK", 64)
     for count in (1, 15, 16, 17, 100):
         trainer, replica = nn.Linear(1, count, False), nn.Linear(1, count, False)
         assert Loader(replica).load(found := snapshot(trainer, 0)) == found.version
+        assert same(trainer, replica)
+        replica = nn.Linear(1, count, False)
+        assert Loader(replica).load(found := shared(trainer, 0, segments)) == found.version
         assert same(trainer, replica)
 
 
@@ -82,38 +116,6 @@ def test_a_shape_that_would_be_broadcast_is_refused() -> None:
         Loader(nn.Linear(3, 3, False)).load(narrow)
 
 
-@pytest.fixture
-def segments() -> Iterator[Segments]:
-    made = Segments()
-    yield made
-    made.release()
-    shared_memory.attach.cache_clear()
-
-
-def shared(module: nn.Module, number: int, segments: Segments) -> Snapshot:
-    """Its weights as a learner on the same node writes them."""
-    named = list(module.named_parameters())
-    bucket = weights.pack(named)
-    segment = segments.claim()
-    assert segment is not None
-    memory = shared_memory.attach(segment, writable=True)
-    for place, part in zip(weights.places(bucket.fields), bucket.parts, strict=True):
-        memory[place] = part
-    segments.open_to_readers(segment)
-    lease = Lease(segment)
-    parts = tuple(lease.memory[place] for place in weights.places(bucket.fields))
-    return Snapshot(
-        Version(number, weights.checksum(named)), (Bucket(bucket.fields, parts),), lease
-    )
-
-
-def within(module: nn.Module, snapshot: Snapshot) -> bool:
-    """Whether the shared memory is the storage of all its weights."""
-    assert snapshot.lease is not None
-    first, size = snapshot.lease.memory.ctypes.data, snapshot.lease.memory.size
-    return all(first <= weight.data_ptr() < first + size for weight in module.parameters())
-
-
 def test_shared_weights_are_not_copied_and_stay_until_the_next_are_loaded(
     segments: Segments,
 ) -> None:
@@ -123,7 +125,7 @@ def test_shared_weights_are_not_copied_and_stay_until_the_next_are_loaded(
         trainer = net(number, torch.bfloat16)
         source = shared(trainer, number, segments)
         assert loader.load(source) == source.version
-        assert within(replica, source)
+        assert within(replica, source) == 3
         if number == 1:
             late_loader.load(source)
         del source
@@ -159,12 +161,12 @@ def test_a_replica_whose_weights_come_from_another_node_then_has_its_own_memory(
     loader = Loader(replica)
     source = shared(Tied(True), 1, segments)
     assert loader.load(source) == source.version
-    assert within(replica, source) and replica.last.weight is replica.first.weight
+    assert within(replica, source) == 1 and replica.last.weight is replica.first.weight
     trainer = Tied(True)
     once = list(trainer.named_parameters())
     other = Snapshot(Version(2, weights.checksum(once)), (weights.pack(once),))
     assert loader.load(other) == other.version
     assert not within(replica, source) and same(replica, trainer)
     del source
-    again = segments.claim()
-    assert [again] == segments._made  # nobody reads it any more
+    again = segments.claim()  # nobody reads it any more
+    assert again is not None and [again.path] == [made.path for made in segments._made]

@@ -20,6 +20,7 @@ from cluster import loading, publishing, weights
 from cluster.loading import Loader
 from cluster.publishing import PublishError
 from cluster.session import WORKER_ENVIRONMENT
+from cluster.shared_memory import Lease, Segment
 from cluster.weights import Fenced, Receipt, Shelf, Version, WeightStore
 
 MEGABYTES = 24
@@ -192,6 +193,26 @@ def test_a_replica_that_missed_weights_keeps_its_own(two: Two) -> None:
         assert two.held() == [version.checksum] * 2
     assert ray.get(late.checksum.remote()) == expected(1, 1).checksum
     assert ray.get(late.refresh.remote()).version == version
+
+
+def test_weights_that_are_gone_by_the_time_they_are_read_are_asked_for_again(
+    two: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = two.publisher(0)
+    ray.get(publisher.publish.remote(1, seed=1))
+    newer = []
+
+    def late(segment: Segment) -> Lease:
+        if not newer:
+            newer.append(ray.get(publisher.publish.remote(2, seed=2)))
+        return Lease(segment)
+
+    monkeypatch.setattr(loading, "Lease", late)
+    found = loading.fetch(two.store)
+    assert found is not None and found.version == newer[0] == expected(2, 2)
+    assert weights.checksum(found.tensors()) == found.version.checksum
+    assert loading.fetch(two.store, unless=found.version) is None
+    assert two.confirm(found.version)
 
 
 def memory_summary() -> str:

@@ -70,3 +70,20 @@ def test_greedy_equals_the_cpu_in_float32() -> None:
     on_gpu = Engine(model(torch.float32)).generate(prompts(), greedy)
     on_cpu = Engine(model(torch.float32).cpu()).generate(prompts(), greedy)
     assert [c.tokens for c in on_gpu] == [c.tokens for c in on_cpu]
+
+
+def test_captured_graphs_follow_the_weights() -> None:
+    """Which are written over those that were there when the graphs were captured."""
+    changed, greedy = model(torch.bfloat16), Sampling(temperature=0, max_new_tokens=20, stop_ids=())
+    engine = Engine(changed)
+    before = engine.generate(prompts(), greedy)
+    changed.lm_head.weight.neg_()
+    changed.model.layers[1].self_attn.k_proj.weight.mul_(-1)
+    engine.weights_changed()
+    after = engine.generate(prompts(), greedy)
+    assert [c.tokens for c in after] != [c.tokens for c in before]
+    fresh = model(torch.bfloat16)
+    fresh.load_state_dict(changed.state_dict())
+    assert [c.tokens for c in after] == [
+        c.tokens for c in Engine(fresh).generate(prompts(), greedy)
+    ]
