@@ -15,7 +15,6 @@ import numpy as np
 
 Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
-
 TOKEN = 32
 """Bytes of a token, which stands behind a segment's memory."""
 

@@ -141,14 +141,15 @@ def _hidden(
 ) -> Tensor:
     """Hidden states [N, D] of the tokens at `places` of the row."""
     device = model.lm_head.weight.device
-    places_N = torch.tensor(places, device=device)
+    places_N = torch.tensor(places, dtype=torch.long, device=device)
     hidden: Tensor = model.model(*(x.to(device) for x in _row(sequences)), places_N)
     return hidden
 
 
 def _logprobs(model: Transformer, hidden_ND: Tensor, targets: Sequence[int]) -> Tensor:
     """Log-probability of each target behind its token, float32 [N]."""
-    logprobs_N: Tensor = model.lm_head(hidden_ND, torch.tensor(targets, device=hidden_ND.device))
+    targets_N = torch.tensor(targets, dtype=torch.long, device=hidden_ND.device)
+    logprobs_N: Tensor = model.lm_head(hidden_ND, targets_N)
     return logprobs_N
 
 

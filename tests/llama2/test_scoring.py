@@ -50,7 +50,7 @@ def test_a_continuation_beyond_the_context(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_sequences(tmp_path: Path, batch_tokens: int) -> None:
-    """Only targets count."""
+    """Only targets count, of which a sequence may have none."""
     reference = causal()
     reference.save_pretrained(tmp_path)
     draw = random.Random(1)
@@ -59,6 +59,7 @@ def test_sequences(tmp_path: Path, batch_tokens: int) -> None:
         tokens = np.array(drawn(draw, 2, 50))
         mask = np.array([False, *(draw.random() < 0.6 for _ in tokens[1:])])
         sequences.append(TokenSequence(tokens, mask))
+    sequences.append(TokenSequence(np.array([5, 6, 7]), np.zeros(3, dtype=bool)))
     found = scoring.sequence_logprobs(checkpoint.load(tmp_path), sequences, batch_tokens)
     for sequence, logprob in zip(sequences, found, strict=True):
         tokens = torch.from_numpy(sequence.tokens)
