@@ -102,7 +102,7 @@ class Lease:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.pread(descriptor, TOKEN, segment.size) != segment.token.encode():
                 raise Gone("the segment was written again")
-            self.memory = attach(segment)
+            self.memory = _mapped(segment, f"/proc/self/fd/{descriptor}", writable=False)
         except (BlockingIOError, FileNotFoundError) as error:
             raise Gone("the segment is written to, or its maker has closed it") from error
 
@@ -117,16 +117,22 @@ def attach(segment: Segment, writable: bool = False) -> Bytes:
 
     Raises `FileNotFoundError` where that process has closed it or has ended.
     """
+    return _mapped(segment, segment.path, writable)
+
+
+def _mapped(segment: Segment, path: str, writable: bool) -> Bytes:
+    """`path` is the segment's file. A lease gives its own, which cannot be another file by now; it
+    is opened anew, since a mapping keeps what it was made from, and would keep the lock."""
     forget_closed()
-    key = segment.path, os.stat(segment.path).st_ino, writable
-    if key not in _attached:
-        descriptor = os.open(segment.path, os.O_RDWR if writable else os.O_RDONLY)
-        access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        try:
+    descriptor = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
+    try:
+        key = segment.path, os.fstat(descriptor).st_ino, writable
+        if key not in _attached:
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             mapped = mmap.mmap(descriptor, segment.size, access=access)
-        finally:
-            os.close(descriptor)
-        _attached[key] = np.frombuffer(mapped, dtype=np.uint8)
+            _attached[key] = np.frombuffer(mapped, dtype=np.uint8)
+    finally:
+        os.close(descriptor)
     return _attached[key]
 
 
