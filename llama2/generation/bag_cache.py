@@ -68,8 +68,8 @@ class BagCache:
         self.width = config.head_width
         self._device = device
         layers, groups, width = config.num_hidden_layers, self.groups, self.width
-        self._keys = _zeros((layers, pages, groups, width, PAGE), dtype).to(device)
-        self._values = _zeros((layers, pages, groups, PAGE, width), dtype).to(device)
+        self._keys = zeros((layers, pages, groups, width, PAGE), dtype).to(device)
+        self._values = zeros((layers, pages, groups, PAGE, width), dtype).to(device)
         self._page_N = self._offset_N = torch.empty(0, dtype=torch.long)
         self._decoding: list[tuple[int, ...]] = []
         self._tiles: _Tiles | None = None
@@ -174,7 +174,7 @@ class BagCache:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros that take up memory once they are written to; torch's own take it at once."""
     data = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)
     return torch.from_numpy(data).view(dtype).view(shape)

@@ -4,13 +4,15 @@ Shapes: R rows that draw, V vocabulary.
 """
 
 import os
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
 from llama2.generation.bag_cache import BagCache
-from llama2.generation.decoder import Cache, Decoder, Span
+from llama2.generation.cpu_decoder import CpuDecoder, TileCache, compiled_step
+from llama2.generation.decoder import Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
 from llama2.generation.request import Alternatives, Request
 from llama2.generation.sampling import draw, likeliest, settings
@@ -23,20 +25,26 @@ class Runner:
     as `max_batch_size` rows may need, as far as memory goes."""
 
     def __init__(self, model: Transformer, max_batch_size: int, cache_tokens: int | None) -> None:
-        weight = model.lm_head.weight
-        self._device = weight.device
-        self._decoder = Decoder(model)
+        config, weight = model.config, model.lm_head.weight
+        self._device, self._sample = weight.device, draw
+        self._decoder: Decoder | CpuDecoder
         self._graphs: DecodingGraphs | None = None
-        self._sample = draw
         on_gpu = weight.device.type == "cuda"
-        kind: type[VarlenCache | BagCache] = BagCache
-        if on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
+        step = compiled_step(model)
+        kind: type[TileCache | VarlenCache | BagCache] = BagCache
+        if step is not None:
+            kind = TileCache
+        elif on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
             kind = VarlenCache  # flash attention knows no float32
         tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
         self.pages = -(-tokens // kind.page_size)
-        self.cache: Cache = kind(model.config, self.pages, weight.dtype, weight.device)
-        if isinstance(self.cache, BagCache) and cache_tokens:
+        self.cache = kind(config, self.pages, weight.dtype, weight.device)
+        if cache_tokens and not isinstance(self.cache, VarlenCache):
             self.cache.take_memory()  # what was asked for is there; a default is taken as needed
+        if step is not None and isinstance(self.cache, TileCache):
+            self._decoder = CpuDecoder(model, self.cache, step)
+        else:
+            self._decoder = Decoder(model)
         if on_gpu:
             self._sample = torch.compile(draw, dynamic=True)
         if isinstance(self.cache, VarlenCache):
@@ -64,16 +72,16 @@ class Runner:
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
         spans = [Span(r.pages, r.computed, count, r.prefix <= 0) for r, count in plan]
         tokens: list[int] = []
-        positions: list[int] = []
         drawing: list[int] = []
         for request, count in plan:
-            end = request.computed + count
-            tokens += request.tokens[request.computed : end]
-            positions += range(request.computed, end)
+            tokens += request.tokens[request.computed : request.computed + count]
             if request.draws:
                 drawing.append(len(tokens) - 1)
+        if isinstance(self._decoder, CpuDecoder):
+            return self._decoder.forward(tokens, spans, drawing)
         if self._graphs is not None and all(span.decodes for span in spans):
             return self._graphs.forward(tokens, spans)[drawing]
+        positions = list(chain.from_iterable(range(s.past, s.past + s.length) for s in spans))
         self.cache.begin(spans)
         return self._decoder.forward(
             self._tensor(tokens), self._tensor(positions), self._tensor(drawing), self.cache
