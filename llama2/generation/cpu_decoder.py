@@ -1,17 +1,16 @@
-"""The decoder for CPUs with bfloat16 instructions: a step is one call of `cpu_decoder.cpp`.
+"""The decoder for CPUs with bfloat16 instructions: a step is one call of `cpu/decoder.cpp`.
 
 Shapes: N tokens, O outputs and I inputs of a matrix, L layers, G key/value heads, K head width,
 P tokens of a page, R rows that draw, V vocabulary.
 """
 
-import ctypes
 import logging
 from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from llama2.config import ModelConfig
 from llama2.generation.bag_cache import Array, zeros
 from llama2.generation.compiled import NotCompiled, library
 from llama2.generation.decoder import Span
+from llama2.generation.sampling import Settings, draw
 from llama2.model import FeedForward, Layer, Transformer
 from llama2.rope import inverse_frequencies, rotation
 
@@ -65,8 +65,15 @@ class _Batch(Structure):
     ]
 
 
-def compiled_step(model: Transformer) -> Callable[..., None] | None:
-    """The compiled step, where this processor runs it and `model` is one for it."""
+class Kernels(NamedTuple):
+    """Compiled functions."""
+
+    forward: Callable[..., None]
+    draw: Callable[..., None]
+
+
+def kernels_for(model: Transformer) -> Kernels | None:
+    """The compiled functions, where this processor runs them and `model` is one for them."""
     weight, config = model.lm_head.weight, model.config
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     if not fits or config.hidden_size % 2 or not _suits_processor():
@@ -81,20 +88,20 @@ def _suits_processor() -> bool:
 
 
 @cache
-def _compiled() -> Callable[..., None] | None:
+def _compiled() -> Kernels | None:
     try:
-        found = library(Path(__file__).with_name("cpu_decoder.cpp"))
+        found = library(Path(__file__).with_name("cpu"))
     except NotCompiled as reason:
-        logger.warning("Generation on this CPU is up to half as fast as it could be. %s", reason)
+        logger.warning("Generation on this CPU is half as fast as it could be: %s", reason)
         return None
     found.forward.argtypes = [POINTER(_Model), POINTER(_Batch)]
-    found.forward.restype = None
-    forward: Callable[..., None] = found.forward
-    return forward
+    found.draw.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 4, c_int]
+    found.forward.restype = found.draw.restype = None
+    return Kernels(found.forward, found.draw)
 
 
 class TileCache:
-    """`pages` pages of keys and values for every layer, as `cpu_decoder.cpp` reads them."""
+    """`pages` pages of keys and values for every layer, as `cpu/decoder.cpp` reads them."""
 
     page_size = PAGE
 
@@ -123,12 +130,12 @@ class TileCache:
 class CpuDecoder:
     """Turns tokens into logits of those that a next token is drawn after.
 
-    forward: what `compiled_step` gave for `model`. What is written to the model's weights counts once
+    kernels: what `kernels_for` gave for `model`. What is written to the model's weights counts once
     `weights_changed` was called; they are laid out anew at the next step.
     """
 
-    def __init__(self, model: Transformer, cache: TileCache, forward: Callable[..., None]) -> None:
-        self._model, self._cache, self._step = model, cache, forward
+    def __init__(self, model: Transformer, cache: TileCache, kernels: Kernels) -> None:
+        self._model, self._cache, self._kernels = model, cache, kernels
         config = model.config
         positions = torch.arange(config.max_position_embeddings)[None]
         turns = rotation(positions, inverse_frequencies(config), 1, torch.bfloat16)
@@ -144,13 +151,10 @@ class CpuDecoder:
     def forward(
         self, tokens: Sequence[int], spans: Sequence[Span], drawing: Sequence[int]
     ) -> Tensor:
-        """Logits [R, V] behind the tokens at places `drawing` of those of `spans`, in rising order.
-        """
+        """Logits [R, V] behind the tokens at places `drawing` of those of `spans`, in rising order."""
         if self._arguments is None:
             self._arguments = self._lay_out()
-        logits_RV = torch.empty(
-            (len(drawing), self._model.config.vocab_size), dtype=torch.bfloat16
-        )
+        logits_RV = torch.empty((len(drawing), self._model.config.vocab_size), dtype=torch.bfloat16)
         pages = [span.pages for span in spans]
         arrays = (
             np.array(tokens, np.int64),
@@ -166,8 +170,34 @@ class CpuDecoder:
             len(drawing),
             torch.get_num_threads(),
         )
-        self._step(self._arguments, batch)
+        self._kernels.forward(self._arguments, batch)
         return logits_RV
+
+    def draw(self, logits_RV: Tensor, uniforms_R: Tensor, rows: Settings) -> tuple[Tensor, Tensor]:
+        """What `sampling.draw` gives. How a row is drawn does not depend on the others."""
+        count, vocabulary = logits_RV.shape
+        temperature_R = rows.temperature_B
+        if temperature_R is None:
+            temperature_R = torch.ones(count)
+        if rows.greedy_B is not None:
+            temperature_R = temperature_R.masked_fill(rows.greedy_B, 0)
+        tokens_R, normalizer_R = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        self._kernels.draw(
+            logits_RV.data_ptr(),
+            count,
+            vocabulary,
+            uniforms_R.data_ptr(),
+            temperature_R.data_ptr(),
+            tokens_R.data_ptr(),
+            normalizer_R.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if rows.top_p_B is not None and rows.top_k_B is not None:
+            some_R = (rows.top_p_B < 1) | (rows.top_k_B > 0)
+            some = Settings(*[None if of_B is None else of_B[some_R] for of_B in rows])
+            tokens_R[some_R] = draw(logits_RV[some_R], uniforms_R[some_R], some)[0]
+        drawn_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
+        return tokens_R, drawn_R.float() - normalizer_R
 
     @torch.no_grad()
     def _lay_out(self) -> _Model:

@@ -4,20 +4,65 @@ Shapes: R rows that draw, V vocabulary.
 """
 
 import os
+from collections.abc import Sequence
 from itertools import chain
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
 from llama2.generation.bag_cache import BagCache
-from llama2.generation.cpu_decoder import CpuDecoder, TileCache, compiled_step
+from llama2.generation.cpu_decoder import CpuDecoder, TileCache, kernels_for
 from llama2.generation.decoder import Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
 from llama2.generation.request import Alternatives, Request
-from llama2.generation.sampling import draw, likeliest, settings
+from llama2.generation.sampling import Settings, draw, likeliest, settings
 from llama2.generation.varlen_cache import VarlenCache
 from llama2.model import Transformer
+
+
+class Decoding(Protocol):
+    """A model with its keys and values, in one of the ways to compute it."""
+
+    def weights_changed(self) -> None:
+        """Compute with what the model's weights now are."""
+
+    def forward(
+        self, tokens: Sequence[int], spans: Sequence[Span], drawing: Sequence[int]
+    ) -> Tensor:
+        """Logits [R, V] behind the tokens at places `drawing` of those of `spans`."""
+
+    def draw(self, logits_RV: Tensor, uniforms_R: Tensor, rows: Settings) -> tuple[Tensor, Tensor]:
+        """What `sampling.draw` gives."""
+
+
+class _Operators:
+    """By torch's operators; on a GPU in captured graphs, where all rows decode."""
+
+    def __init__(self, model: Transformer, cache: BagCache | VarlenCache) -> None:
+        self._device = model.lm_head.weight.device
+        self._decoder, self._cache = Decoder(model), cache
+        self.draw = torch.compile(draw, dynamic=True) if self._device.type == "cuda" else draw
+        self._graphs: DecodingGraphs | None = None
+        if isinstance(cache, VarlenCache):
+            self._graphs = DecodingGraphs(self._decoder, cache)
+
+    def weights_changed(self) -> None:
+        self._decoder.weights_changed()
+
+    def forward(
+        self, tokens: Sequence[int], spans: Sequence[Span], drawing: Sequence[int]
+    ) -> Tensor:
+        if self._graphs is not None and all(span.decodes for span in spans):
+            return self._graphs.forward(tokens, spans)[drawing]
+        positions = chain.from_iterable(range(s.past, s.past + s.length) for s in spans)
+        self._cache.begin(spans)
+        places = [self._tensor(values) for values in (tokens, list(positions), drawing)]
+        return self._decoder.forward(*places, self._cache)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
 
 
 class Runner:
@@ -25,34 +70,27 @@ class Runner:
     as `max_batch_size` rows may need, as far as memory goes."""
 
     def __init__(self, model: Transformer, max_batch_size: int, cache_tokens: int | None) -> None:
-        config, weight = model.config, model.lm_head.weight
-        self._device, self._sample = weight.device, draw
-        self._decoder: Decoder | CpuDecoder
-        self._graphs: DecodingGraphs | None = None
-        on_gpu = weight.device.type == "cuda"
-        step = compiled_step(model)
+        weight, kernels = model.lm_head.weight, kernels_for(model)
+        self._device = weight.device
         kind: type[TileCache | VarlenCache | BagCache] = BagCache
-        if step is not None:
+        if kernels is not None:
             kind = TileCache
-        elif on_gpu and weight.dtype in (torch.bfloat16, torch.float16):
+        elif weight.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16):
             kind = VarlenCache  # flash attention knows no float32
         tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
         self.pages = -(-tokens // kind.page_size)
-        self.cache = kind(config, self.pages, weight.dtype, weight.device)
-        if cache_tokens and not isinstance(self.cache, VarlenCache):
-            self.cache.take_memory()  # what was asked for is there; a default is taken as needed
-        if step is not None and isinstance(self.cache, TileCache):
-            self._decoder = CpuDecoder(model, self.cache, step)
-        else:
-            self._decoder = Decoder(model)
-        if on_gpu:
-            self._sample = torch.compile(draw, dynamic=True)
-        if isinstance(self.cache, VarlenCache):
-            self._graphs = DecodingGraphs(self._decoder, self.cache)
+        self.cache = cache = kind(model.config, self.pages, weight.dtype, weight.device)
+        if cache_tokens and not isinstance(cache, VarlenCache):
+            cache.take_memory()  # what was asked for is there; a default is taken as needed
+        self._decoding: Decoding
+        if kernels is not None and isinstance(cache, TileCache):
+            self._decoding = CpuDecoder(model, cache, kernels)
+        elif not isinstance(cache, TileCache):
+            self._decoding = _Operators(model, cache)
 
     def weights_changed(self) -> None:
         """Compute with what the model's weights now are."""
-        self._decoder.weights_changed()
+        self._decoding.weights_changed()
 
     @torch.inference_mode()
     def run(
@@ -66,7 +104,7 @@ class Runner:
             return [], [], []
         uniforms_R = torch.tensor([request.uniform for request in drawing], device=self._device)
         rows = settings([request.sampling for request in drawing], self._device)
-        tokens_R, logprobs_R = self._sample(logits_RV, uniforms_R, rows)
+        tokens_R, logprobs_R = self._decoding.draw(logits_RV, uniforms_R, rows)
         return tokens_R.tolist(), logprobs_R.tolist(), _alternatives(drawing, logits_RV)
 
     def _forward(self, plan: list[tuple[Request, int]]) -> Tensor:
@@ -77,18 +115,7 @@ class Runner:
             tokens += request.tokens[request.computed : request.computed + count]
             if request.draws:
                 drawing.append(len(tokens) - 1)
-        if isinstance(self._decoder, CpuDecoder):
-            return self._decoder.forward(tokens, spans, drawing)
-        if self._graphs is not None and all(span.decodes for span in spans):
-            return self._graphs.forward(tokens, spans)[drawing]
-        positions = list(chain.from_iterable(range(s.past, s.past + s.length) for s in spans))
-        self.cache.begin(spans)
-        return self._decoder.forward(
-            self._tensor(tokens), self._tensor(positions), self._tensor(drawing), self.cache
-        )
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=self._device)
+        return self._decoding.forward(tokens, spans, drawing)
 
 
 def _alternatives(drawing: list[Request], logits_RV: Tensor) -> list[Alternatives]:

@@ -1,0 +1,397 @@
+// A step of the engine on a CPU with AVX512-BF16: tokens of many rows through all layers, with keys
+// and values in pages, in one call.
+//
+// Weights lie as panels of 32 outputs, keys as pairs of features by tokens, values as pairs of
+// tokens by features, inputs of products as blocks of rows. Numbers are rounded to bfloat16 where the
+// trainer rounds them.
+//
+// Shapes: N tokens, D model width, I feed-forward width, H query heads, G key/value heads, Q query
+// heads a key/value head, K head width, P tokens of a page, R rows that draw, V vocabulary.
+
+#include <cmath>
+#include <vector>
+
+#include "tile.hpp"
+
+namespace {
+
+constexpr int PAGE = 64;
+constexpr int NEAR = 10;  // blocks of rows that stay in a processor's own cache
+
+}  // namespace
+
+extern "C" {
+
+// The same as in cpu_decoder.py, field by field.
+struct Matrix {
+    const Pair* panels;  // [O / 32, I / 2, 32]
+    const float* bias;   // [O] or null
+    int32_t outputs, pairs;
+};
+
+struct Layer {
+    Matrix qkv, o, gate_up, down;  // gate_up: 16 outputs of either in a panel
+    const Number *attention_norm, *feed_forward_norm;
+    Pair* keys;      // [pages, G, P / 16, K / 2, 16]
+    Number* values;  // [pages, G, P / 2, K up to a multiple of 16] pairs of numbers
+};
+
+struct Model {
+    const Layer* layers;
+    Matrix head;
+    const Number *embeddings, *norm;
+    const Number *cos, *sin;  // [positions, K], the sine of a head's first half with a minus
+    int32_t depth, width, heads, groups, head_width;
+    float eps;
+};
+
+struct Span {
+    int32_t start, past, length, pages;  // first token of the batch; pages: first in the table
+};
+
+struct Batch {
+    const int64_t* tokens;
+    const Span* spans;
+    const int32_t* pages;
+    const int32_t* drawing;  // tokens that draw, rising
+    Number* logits;          // [R, V]
+    int32_t token_count, span_count, drawing_count, threads;
+};
+}
+
+namespace {
+
+// Part of an attention: up to 14 of the queries of one key/value head of a span, counted by token
+// and then by head.
+struct Work {
+    int32_t span, group, first, rows;
+};
+
+// What of a layer's attention is computed: for all tokens, or in the last layer for those that draw.
+struct Attention {
+    Blocks rows;                  // of what follows
+    std::vector<int32_t> row_of;  // row of each token; -1 for none
+    std::vector<Work> work;
+    std::vector<int32_t> early;  // tokens that are turned and kept before any work begins
+};
+
+class Step {
+   public:
+    Step(const Model& model, const Batch& batch);
+    void run();
+
+   private:
+    Attention attention(const std::vector<int32_t>& row_of, int rows) const;
+    void attend(const Layer& layer, const Attention& attention);
+    void mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next);
+    void turn_and_keep(const Layer& layer, int token, int group);
+    void turn(Number* head, int position) const;
+    void normalize(const Number* scale, const Blocks& into);
+    template <class Take>
+    void multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take);
+    void add(const Matrix& matrix, const Blocks& rows, const Pair* x);
+
+    const Model& model;
+    const Batch& batch;
+    const int H, G, Q, K, D, padded, qkv_width;
+    std::vector<int32_t> positions, pages;  // of the tokens: place in the text, and page
+    std::vector<char> ends;                 // whether it is the last one of its span
+    Attention whole, drawn;
+    Number *residual, *qkv;
+    Pair *input, *wide;
+
+    // Kept from step to step, since new memory costs more than what is done with it.
+    static thread_local std::vector<Number> residuals, qkvs;
+    static thread_local std::vector<Pair> inputs, wides, weights;
+    static thread_local std::vector<float> scores;
+};
+
+thread_local std::vector<Number> Step::residuals, Step::qkvs;
+thread_local std::vector<Pair> Step::inputs, Step::wides, Step::weights;
+thread_local std::vector<float> Step::scores;
+
+template <class T>
+T* room(std::vector<T>& memory, int64_t count) {
+    if ((int64_t)memory.size() < count) memory.resize(count);
+    return memory.data();
+}
+
+Step::Step(const Model& model, const Batch& batch)
+    : model(model), batch(batch), H(model.heads), G(model.groups), Q(H / G), K(model.head_width),
+      D(model.width), padded((K + LANES - 1) / LANES * LANES), qkv_width((H + 2 * G) * K),
+      whole{Blocks(0)}, drawn{Blocks(0)} {
+    const int tokens = batch.token_count;
+    for (int s = 0; s < batch.span_count; s++)
+        for (int n = 0; n < batch.spans[s].length; n++) {
+            positions.push_back(batch.spans[s].past + n);
+            pages.push_back(batch.pages[batch.spans[s].pages + positions.back() / PAGE]);
+            ends.push_back(n == batch.spans[s].length - 1);
+        }
+    std::vector<int32_t> row_of(tokens, -1);
+    for (int r = 0; r < batch.drawing_count; r++) row_of[batch.drawing[r]] = r;
+    drawn = attention(row_of, batch.drawing_count);
+    for (int n = 0; n < tokens; n++) row_of[n] = n;
+    whole = attention(row_of, tokens);
+    residual = room(residuals, (int64_t)tokens * D);
+    qkv = room(qkvs, (int64_t)tokens * qkv_width);
+    input = room(inputs, whole.rows.length(std::max(D, H * K) / 2));
+    wide = room(wides, whole.rows.length(model.layers[0].down.pairs));
+}
+
+Attention Step::attention(const std::vector<int32_t>& row_of, int rows) const {
+    Attention made{Blocks(rows), row_of};
+    for (int s = 0; s < batch.span_count; s++) {
+        const Span& span = batch.spans[s];
+        const auto needed = [&](int n) { return row_of[span.start + n] >= 0; };
+        // What is done for a token alone, its work does: the lines it writes to it reads as well.
+        if (span.length > 1 || Q > ROWS || !needed(0))
+            for (int n = 0; n < span.length; n++) made.early.push_back(span.start + n);
+        for (int first = 0; first < span.length * Q; first += ROWS) {
+            const int count = std::min(ROWS, span.length * Q - first);
+            bool any = false;
+            for (int r = first; r < first + count; r++) any |= needed(r / Q);
+            for (int g = 0; any && g < G; g++) made.work.push_back({s, g, first, count});
+        }
+    }
+    return made;
+}
+
+void Step::run() {
+#pragma omp parallel num_threads(batch.threads)
+    {
+#pragma omp for schedule(static)
+        for (int n = 0; n < batch.token_count; n++)
+            std::copy_n(model.embeddings + batch.tokens[n] * D, D, residual + (int64_t)n * D);
+        for (int l = 0; l < model.depth; l++) {
+            const Layer& layer = model.layers[l];
+            const bool last = l == model.depth - 1;
+            normalize(layer.attention_norm, whole.rows);
+            multiply(layer.qkv, whole.rows, input, [&](int row, const float* sums, int column) {
+                const int count = std::min(PANEL, qkv_width - column);
+                Number* to = qkv + (int64_t)row * qkv_width + column;
+                store(to, _mm512_loadu_ps(sums), first(count));
+                store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
+            });
+            const Attention& attention = last ? drawn : whole;
+            attend(layer, attention);
+            const Blocks& rows = attention.rows;
+            if (last) {  // nothing is computed any more for tokens that nothing is drawn after
+#pragma omp single
+                for (int r = 0; r < batch.drawing_count; r++)
+                    std::copy_n(residual + (int64_t)batch.drawing[r] * D, D,
+                                residual + (int64_t)r * D);
+            }
+            add(layer.o, rows, input);
+            normalize(layer.feed_forward_norm, rows);
+            const int inner = layer.down.pairs;
+            multiply(layer.gate_up, rows, input, [&](int row, const float* sums, int column) {
+                const __m512 gate = rounded(_mm512_loadu_ps(sums));
+                const __m512 up = rounded(_mm512_loadu_ps(sums + LANES));
+                const __m512 one = _mm512_set1_ps(1);
+                const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate));
+                const __m512 silu = rounded(_mm512_div_ps(gate, _mm512_add_ps(one, e)));
+                const int done = column / 2;  // half of the panel's columns are gates
+                spread(wide + rows.place(row, inner) + (int64_t)done / 2 * rows.size, rows.size,
+                       _mm512_mul_ps(silu, up), 2 * inner - done);
+            });
+            add(layer.down, rows, wide);
+        }
+        normalize(model.norm, drawn.rows);
+        multiply(model.head, drawn.rows, input, [&](int row, const float* sums, int column) {
+            const int count = std::min(PANEL, model.head.outputs - column);
+            Number* to = batch.logits + (int64_t)row * model.head.outputs + column;
+            store(to, _mm512_loadu_ps(sums), first(count));
+            store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
+        });
+    }
+}
+
+// Hands over every row of x W^T + b, 32 columns at a time: take(row, its sums, first column). Called
+// by all threads, ends together.
+template <class Take>
+void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take) {
+    const int panels = (matrix.outputs + PANEL - 1) / PANEL, pairs = matrix.pairs;
+    // So many blocks at a time as a processor keeps near while it goes through all panels.
+    for (int from = 0; from < rows.count; from += NEAR) {
+        const int blocks = std::min(NEAR, rows.count - from);
+#pragma omp for schedule(static) nowait
+        for (int unit = 0; unit < panels * blocks; unit++) {
+            const int panel = unit / blocks, block = from + unit % blocks;
+            const int count = rows.rows_of(block), column = panel * PANEL;
+            const Pair* w = matrix.panels + (int64_t)column * pairs;
+            // The next panel, a half of it with each of the first two blocks.
+            const int half = block - from, lines = blocks == 1 ? 2 : half < 2;
+            const Ahead ahead{w + (int64_t)(PANEL + half * LANES) * pairs, lines};
+            alignas(64) float sums[ROWS * PANEL];
+            TWO[count - 1](x + (int64_t)block * rows.size * pairs, rows.size, {w, PANEL, LANES},
+                           pairs, sums, PANEL, false, ahead);
+            if (matrix.bias)
+                for (int i = 0; i < count * PANEL; i++)
+                    sums[i] += matrix.bias[column + i % PANEL];
+            for (int r = 0; r < count; r++) take(block * rows.size + r, sums + r * PANEL, column);
+        }
+    }
+#pragma omp barrier
+}
+
+// The residual stream plus a product.
+void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x) {
+    multiply(matrix, rows, x, [&](int row, const float* sums, int column) {
+        for (int c = 0; c < PANEL; c += LANES) {
+            const __mmask16 mask = first(D - column - c);
+            Number* to = residual + (int64_t)row * D + column + c;
+            const __m512 product = rounded(_mm512_loadu_ps(sums + c));
+            store(to, _mm512_add_ps(widened(to, mask), product), mask);
+        }
+    });
+}
+
+// The next product's input: rows by their root mean square, times the scale.
+void Step::normalize(const Number* scale, const Blocks& into) {
+#pragma omp for schedule(static)
+    for (int row = 0; row < into.rows; row++) {
+        const Number* from = residual + (int64_t)row * D;
+        __m512 squares = _mm512_setzero_ps();
+        for (int d = 0; d < D; d += LANES) {
+            const __m512 numbers = widened(from + d, first(D - d));
+            squares = _mm512_fmadd_ps(numbers, numbers, squares);
+        }
+        const float inverse = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
+        Pair* to = input + into.place(row, D / 2);
+        for (int d = 0; d < D; d += LANES) {
+            const __mmask16 mask = first(D - d);
+            const __m512 normal = _mm512_mul_ps(widened(from + d, mask), _mm512_set1_ps(inverse));
+            const __m512 scaled = _mm512_mul_ps(rounded(normal), widened(scale + d, mask));
+            spread(to + (int64_t)d / 2 * into.size, into.size, scaled, D - d);
+        }
+    }
+}
+
+// What the tokens see, as input of the next product. Called by all threads, ends together.
+void Step::attend(const Layer& layer, const Attention& attention) {
+    const int early = attention.early.size(), count = attention.work.size();
+    if (early) {
+#pragma omp for schedule(static)
+        for (int n = 0; n < early; n++)
+            for (int g = 0; g < G; g++) turn_and_keep(layer, attention.early[n], g);
+    }
+#pragma omp for schedule(dynamic, 4)
+    for (int w = 0; w < count; w++) {
+        const Work& work = attention.work[w];
+        const Span& span = batch.spans[work.span];
+        if (span.length == 1 && Q <= ROWS) turn_and_keep(layer, span.start, work.group);
+        mix(layer, attention, work, w + 1 < count ? &work + 1 : nullptr);
+    }
+}
+
+// Turns a token's queries and key of a group to its position; stores key and value in its page.
+void Step::turn_and_keep(const Layer& layer, int token, int group) {
+    Number* heads = qkv + (int64_t)token * qkv_width;
+    for (int q = 0; q < Q; q++) turn(heads + (group * Q + q) * K, positions[token]);
+    turn(heads + (H + group) * K, positions[token]);
+    const int offset = positions[token] % PAGE;
+    const int64_t part = (int64_t)pages[token] * G + group;
+    const Pair* key = reinterpret_cast<const Pair*>(heads + (H + group) * K);
+    Pair* to = layer.keys + part * PAGE * K / 2 + offset / LANES * LANES * K / 2 + offset % LANES;
+    for (int k = 0; k < K / 2; k++) to[k * LANES] = key[k];
+    const Number* value = heads + (H + G + group) * K;
+    Number* half = layer.values + part * PAGE * padded + offset / 2 * 2 * padded + offset % 2;
+    for (int k = 0; k < K; k++) half[2 * k] = value[k];
+    // A token to come, of the same pair, counts nothing: what is there might be no number.
+    if (offset % 2 == 0 && ends[token])
+        for (int k = 0; k < K; k++) half[2 * k + 1] = 0;
+}
+
+void Step::turn(Number* head, int position) const {
+    const Number *cos = model.cos + (int64_t)position * K, *sin = model.sin + (int64_t)position * K;
+    const int half = K / 2;
+    for (int k = 0; k < half; k += LANES) {
+        const __mmask16 mask = first(half - k);
+        const __m512 a = widened(head + k, mask), b = widened(head + half + k, mask);
+        const auto turned = [&](__m512 own, __m512 other, int at) {
+            const __m512 product = rounded(_mm512_mul_ps(own, widened(cos + at, mask)));
+            return _mm512_fmadd_ps(other, widened(sin + at, mask), product);
+        };
+        store(head + k, turned(a, b, k), mask);
+        store(head + half + k, turned(b, a, half + k), mask);
+    }
+}
+
+// What the queries of `work` see, as input of the next product.
+void Step::mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next) {
+    const Span& span = batch.spans[work.span];
+    const int rows = work.rows;
+    const auto token = [&](int r) { return (work.first + r) / Q; };
+    const auto head = [&](int r) { return work.group * Q + (work.first + r) % Q; };
+    const int seen = span.past + token(rows - 1) + 1;  // by the last query
+    const int width = (seen + LANES - 1) / LANES * LANES;
+    float* score = room(scores, (int64_t)ROWS * (width + padded));
+    float* mixed = score + (int64_t)ROWS * width;
+    Pair* weight = room(weights, (int64_t)ROWS * std::max(width, K) / 2);
+    const Pair* values = reinterpret_cast<const Pair*>(layer.values);
+    const int keys_length = K / 2 * PAGE, values_length = padded * PAGE / 2;
+    // Where the page lies that holds token `start` of the work's row, for its group; null beyond.
+    const auto page = [&](const Work* work, const Pair* memory, int length, int start) {
+        if (!work) return (const Pair*)nullptr;
+        const Span& span = batch.spans[work->span];
+        if (span.past + span.length <= start) return (const Pair*)nullptr;
+        const int page = batch.pages[span.pages + start / PAGE];
+        return memory + ((int64_t)page * G + work->group) * length;
+    };
+
+    Pair* queries = weight;
+    for (int r = 0; r < rows; r++) {
+        const Number* numbers = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
+        const Pair* from = reinterpret_cast<const Pair*>(numbers);
+        for (int k = 0; k < K / 2; k++) queries[k * rows + r] = from[k];
+    }
+    for (int start = 0; start < width; start += PAGE) {
+        const Columns keys{page(&work, layer.keys, keys_length, start), LANES, K / 2 * LANES};
+        tiles(rows, std::min(PAGE, width - start) / LANES, queries, rows, keys, K / 2,
+              score + start, width, false, page(next, layer.keys, keys_length, start));
+    }
+
+    float totals[ROWS];
+    const __m512 none = _mm512_set1_ps(-INFINITY), scale = _mm512_set1_ps(1 / std::sqrt((float)K));
+    for (int r = 0; r < rows; r++) {
+        float* own = score + (int64_t)r * width;
+        const int visible = span.past + token(r) + 1;
+        __m512 most = none;
+        for (int s = 0; s < width; s += LANES) {
+            const __m512 shown = _mm512_mask_mul_ps(none, first(visible - s), scale,
+                                                    _mm512_loadu_ps(own + s));
+            _mm512_storeu_ps(own + s, shown);
+            most = _mm512_max_ps(most, shown);
+        }
+        most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        __m512 total = _mm512_setzero_ps();
+        for (int s = 0; s < width; s += LANES) {
+            const __m512 shown = _mm512_loadu_ps(own + s);
+            const __m512 part = rounded(exponential(_mm512_sub_ps(shown, most)));
+            total = _mm512_add_ps(total, part);
+            spread(weight + s / 2 * rows + r, rows, part);
+        }
+        totals[r] = _mm512_reduce_add_ps(total);
+    }
+
+    for (int start = 0; start < seen; start += PAGE) {
+        const Columns columns{page(&work, values, values_length, start), padded, LANES};
+        tiles(rows, padded / LANES, weight + (int64_t)start / 2 * rows, rows, columns,
+              (std::min(PAGE, seen - start) + 1) / 2, mixed, padded, start > 0,
+              page(next, values, values_length, start));
+    }
+    for (int r = 0; r < rows; r++) {
+        const int row = attention.row_of[span.start + token(r)];
+        if (row < 0) continue;
+        const __m512 share = _mm512_set1_ps(1 / totals[r]);
+        const int stride = attention.rows.size;
+        Pair* to = input + attention.rows.place(row, H * K / 2) + (int64_t)head(r) * K / 2 * stride;
+        for (int k = 0; k < K; k += LANES)
+            spread(to + (int64_t)k / 2 * stride, stride,
+                   _mm512_mul_ps(_mm512_loadu_ps(mixed + r * padded + k), share), K - k);
+    }
+}
+
+}  // namespace
+
+extern "C" void forward(const Model* model, const Batch* batch) { Step(*model, *batch).run(); }
