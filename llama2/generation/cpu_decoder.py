@@ -151,7 +151,7 @@ class CpuDecoder:
     def forward(
         self, tokens: Sequence[int], spans: Sequence[Span], drawing: Sequence[int]
     ) -> Tensor:
-        """Logits [R, V] behind the tokens at places `drawing` of those of `spans`, in rising order."""
+        """Logits [R, V] behind the tokens at places `drawing`, in rising order, of `spans`."""
         if self._arguments is None:
             self._arguments = self._lay_out()
         logits_RV = torch.empty((len(drawing), self._model.config.vocab_size), dtype=torch.bfloat16)

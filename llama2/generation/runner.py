@@ -56,10 +56,11 @@ class _Operators:
     ) -> Tensor:
         if self._graphs is not None and all(span.decodes for span in spans):
             return self._graphs.forward(tokens, spans)[drawing]
-        positions = chain.from_iterable(range(s.past, s.past + s.length) for s in spans)
+        positions = list(chain.from_iterable(range(s.past, s.past + s.length) for s in spans))
         self._cache.begin(spans)
-        places = [self._tensor(values) for values in (tokens, list(positions), drawing)]
-        return self._decoder.forward(*places, self._cache)
+        return self._decoder.forward(
+            self._tensor(tokens), self._tensor(positions), self._tensor(drawing), self._cache
+        )
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -95,7 +95,7 @@ class Step {
     const Batch& batch;
     const int H, G, Q, K, D, padded, qkv_width;
     std::vector<int32_t> positions, pages;  // of the tokens: place in the text, and page
-    std::vector<char> ends;                 // whether it is the last one of its span
+    std::vector<char> starts, ends;         // whether it is the first one of its span, the last
     Attention whole, drawn;
     Number *residual, *qkv;
     Pair *input, *wide;
@@ -125,6 +125,7 @@ Step::Step(const Model& model, const Batch& batch)
         for (int n = 0; n < batch.spans[s].length; n++) {
             positions.push_back(batch.spans[s].past + n);
             pages.push_back(batch.pages[batch.spans[s].pages + positions.back() / PAGE]);
+            starts.push_back(n == 0);
             ends.push_back(n == batch.spans[s].length - 1);
         }
     std::vector<int32_t> row_of(tokens, -1);
@@ -294,12 +295,26 @@ void Step::turn_and_keep(const Layer& layer, int token, int group) {
     const Pair* key = reinterpret_cast<const Pair*>(heads + (H + group) * K);
     Pair* to = layer.keys + part * PAGE * K / 2 + offset / LANES * LANES * K / 2 + offset % LANES;
     for (int k = 0; k < K / 2; k++) to[k * LANES] = key[k];
+    if (offset % 2 && !starts[token]) return;  // the token before has stored both values
     const Number* value = heads + (H + G + group) * K;
-    Number* half = layer.values + part * PAGE * padded + offset / 2 * 2 * padded + offset % 2;
-    for (int k = 0; k < K; k++) half[2 * k] = value[k];
-    // A token to come, of the same pair, counts nothing: what is there might be no number.
-    if (offset % 2 == 0 && ends[token])
-        for (int k = 0; k < K; k++) half[2 * k + 1] = 0;
+    const Number* after = offset % 2 || ends[token] ? nullptr : value + qkv_width;
+    Number* pairs = layer.values + part * PAGE * padded + offset / 2 * 2 * padded;
+    for (int k = 0; k < K; k += LANES) {
+        const __mmask16 mask = first(K - k);
+        const auto numbers = [&](const Number* from) {
+            return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + k));
+        };
+        __m512i pair;
+        if (offset % 2) {
+            const __m512i before = _mm512_loadu_si512(pairs + 2 * k);
+            pair = _mm512_mask_mov_epi16(before, 0xAAAAAAAA, _mm512_slli_epi32(numbers(value), 16));
+        } else {
+            // A token to come counts nothing: what was there might be no number.
+            pair = numbers(value);
+            if (after) pair = _mm512_or_si512(pair, _mm512_slli_epi32(numbers(after), 16));
+        }
+        _mm512_storeu_si512(pairs + 2 * k, pair);
+    }
 }
 
 void Step::turn(Number* head, int position) const {
