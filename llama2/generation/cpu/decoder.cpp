@@ -8,6 +8,8 @@
 // Shapes: N tokens, D model width, I feed-forward width, H query heads, G key/value heads, Q query
 // heads a key/value head, K head width, P tokens of a page, R rows that draw, V vocabulary.
 
+#include <omp.h>
+
 #include <cmath>
 #include <vector>
 
@@ -17,6 +19,7 @@ namespace {
 
 constexpr int PAGE = 64;
 constexpr int NEAR = 10;  // blocks of rows that stay in a processor's own cache
+constexpr int64_t CARRIED = 16 << 20;  // bytes that stay in the last cache through some products
 
 }  // namespace
 
@@ -32,8 +35,8 @@ struct Matrix {
 struct Layer {
     Matrix qkv, o, gate_up, down;  // gate_up: 16 outputs of either in a panel
     const Number *attention_norm, *feed_forward_norm;
-    Pair* keys;      // [pages, G, P / 16, K / 2, 16]
-    Number* values;  // [pages, G, P / 2, K up to a multiple of 16] pairs of numbers
+    Pair* keys;    // [pages, G, P / 16, K / 2, 16]
+    Pair* values;  // [pages, G, P / 2, K up to a multiple of 16]
 };
 
 struct Model {
@@ -83,6 +86,9 @@ class Step {
    private:
     Attention attention(const std::vector<int32_t>& row_of, int rows) const;
     void attend(const Layer& layer, const Attention& attention);
+    void announce(const Layer& layer) const;
+    const Pair* keys(const Layer& layer, const Work& work, int start) const;
+    const Pair* values(const Layer& layer, const Work& work, int start) const;
     void mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next);
     void turn_and_keep(const Layer& layer, int token, int group);
     void turn(Number* head, int position) const;
@@ -104,11 +110,13 @@ class Step {
     static thread_local std::vector<Number> residuals, qkvs;
     static thread_local std::vector<Pair> inputs, wides, weights;
     static thread_local std::vector<float> scores;
+    static thread_local Stream stream;
 };
 
 thread_local std::vector<Number> Step::residuals, Step::qkvs;
 thread_local std::vector<Pair> Step::inputs, Step::wides, Step::weights;
 thread_local std::vector<float> Step::scores;
+thread_local Stream Step::stream;
 
 template <class T>
 T* room(std::vector<T>& memory, int64_t count) {
@@ -160,6 +168,7 @@ Attention Step::attention(const std::vector<int32_t>& row_of, int rows) const {
 void Step::run() {
 #pragma omp parallel num_threads(batch.threads)
     {
+        announce(model.layers[0]);
 #pragma omp for schedule(static)
         for (int n = 0; n < batch.token_count; n++)
             std::copy_n(model.embeddings + batch.tokens[n] * D, D, residual + (int64_t)n * D);
@@ -184,6 +193,7 @@ void Step::run() {
             }
             add(layer.o, rows, input);
             normalize(layer.feed_forward_norm, rows);
+            if (!last) announce(model.layers[l + 1]);
             const int inner = layer.down.pairs;
             multiply(layer.gate_up, rows, input, [&](int row, const float* sums, int column) {
                 const __m512 gate = rounded(_mm512_loadu_ps(sums));
@@ -225,7 +235,7 @@ void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Tak
             const Ahead ahead{w + (int64_t)(PANEL + half * LANES) * pairs, lines};
             alignas(64) float sums[ROWS * PANEL];
             TWO[count - 1](x + (int64_t)block * rows.size * pairs, rows.size, {w, PANEL, LANES},
-                           pairs, sums, PANEL, false, ahead);
+                           pairs, sums, PANEL, false, ahead, &stream);
             if (matrix.bias)
                 for (int i = 0; i < count * PANEL; i++)
                     sums[i] += matrix.bias[column + i % PANEL];
@@ -298,7 +308,7 @@ void Step::turn_and_keep(const Layer& layer, int token, int group) {
     if (offset % 2 && !starts[token]) return;  // the token before has stored both values
     const Number* value = heads + (H + G + group) * K;
     const Number* after = offset % 2 || ends[token] ? nullptr : value + qkv_width;
-    Number* pairs = layer.values + part * PAGE * padded + offset / 2 * 2 * padded;
+    Pair* pairs = layer.values + (part * PAGE / 2 + offset / 2) * padded;
     for (int k = 0; k < K; k += LANES) {
         const __mmask16 mask = first(K - k);
         const auto numbers = [&](const Number* from) {
@@ -306,14 +316,14 @@ void Step::turn_and_keep(const Layer& layer, int token, int group) {
         };
         __m512i pair;
         if (offset % 2) {
-            const __m512i before = _mm512_loadu_si512(pairs + 2 * k);
+            const __m512i before = _mm512_loadu_si512(pairs + k);
             pair = _mm512_mask_mov_epi16(before, 0xAAAAAAAA, _mm512_slli_epi32(numbers(value), 16));
         } else {
             // A token to come counts nothing: what was there might be no number.
             pair = numbers(value);
             if (after) pair = _mm512_or_si512(pair, _mm512_slli_epi32(numbers(after), 16));
         }
-        _mm512_storeu_si512(pairs + 2 * k, pair);
+        _mm512_storeu_si512(pairs + k, pair);
     }
 }
 
@@ -332,6 +342,41 @@ void Step::turn(Number* head, int position) const {
     }
 }
 
+// Has the keys and values that an attention will read brought closer, a share by each thread, as far
+// as the processor's last cache holds them until then.
+void Step::announce(const Layer& layer) const {
+    stream.clear();
+    const int threads = omp_get_num_threads();
+    int64_t bytes = 0;
+    for (size_t w = omp_get_thread_num(); w < whole.work.size(); w += threads) {
+        const Work& work = whole.work[w];
+        const int end = batch.spans[work.span].past + batch.spans[work.span].length;
+        for (int start = 0; start < end && bytes < CARRIED / threads; start += PAGE) {
+            const int count = std::min(PAGE, end - start);
+            const int64_t key_lines = (count + LANES - 1) / LANES * (K / 2);
+            const int64_t value_lines = (count + 1) / 2 * (padded / LANES);
+            stream.add(keys(layer, work, start), key_lines);
+            stream.add(values(layer, work, start), value_lines);
+            bytes += 64 * (key_lines + value_lines);
+        }
+    }
+}
+
+// The keys that a work reads of the page with token `start` of its row; null beyond its end.
+const Pair* Step::keys(const Layer& layer, const Work& work, int start) const {
+    const Span& span = batch.spans[work.span];
+    if (span.past + span.length <= start) return nullptr;
+    const int page = batch.pages[span.pages + start / PAGE];
+    return layer.keys + ((int64_t)page * G + work.group) * K / 2 * PAGE;
+}
+
+const Pair* Step::values(const Layer& layer, const Work& work, int start) const {
+    const Span& span = batch.spans[work.span];
+    if (span.past + span.length <= start) return nullptr;
+    const int page = batch.pages[span.pages + start / PAGE];
+    return layer.values + ((int64_t)page * G + work.group) * padded / 2 * PAGE;
+}
+
 // What the queries of `work` see, as input of the next product.
 void Step::mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next) {
     const Span& span = batch.spans[work.span];
@@ -343,17 +388,6 @@ void Step::mix(const Layer& layer, const Attention& attention, const Work& work,
     float* score = room(scores, (int64_t)ROWS * (width + padded));
     float* mixed = score + (int64_t)ROWS * width;
     Pair* weight = room(weights, (int64_t)ROWS * std::max(width, K) / 2);
-    const Pair* values = reinterpret_cast<const Pair*>(layer.values);
-    const int keys_length = K / 2 * PAGE, values_length = padded * PAGE / 2;
-    // Where the page lies that holds token `start` of the work's row, for its group; null beyond.
-    const auto page = [&](const Work* work, const Pair* memory, int length, int start) {
-        if (!work) return (const Pair*)nullptr;
-        const Span& span = batch.spans[work->span];
-        if (span.past + span.length <= start) return (const Pair*)nullptr;
-        const int page = batch.pages[span.pages + start / PAGE];
-        return memory + ((int64_t)page * G + work->group) * length;
-    };
-
     Pair* queries = weight;
     for (int r = 0; r < rows; r++) {
         const Number* numbers = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
@@ -361,9 +395,9 @@ void Step::mix(const Layer& layer, const Attention& attention, const Work& work,
         for (int k = 0; k < K / 2; k++) queries[k * rows + r] = from[k];
     }
     for (int start = 0; start < width; start += PAGE) {
-        const Columns keys{page(&work, layer.keys, keys_length, start), LANES, K / 2 * LANES};
-        tiles(rows, std::min(PAGE, width - start) / LANES, queries, rows, keys, K / 2,
-              score + start, width, false, page(next, layer.keys, keys_length, start));
+        const Columns columns{keys(layer, work, start), LANES, K / 2 * LANES};
+        tiles(rows, std::min(PAGE, width - start) / LANES, queries, rows, columns, K / 2,
+              score + start, width, false, next ? keys(layer, *next, start) : nullptr);
     }
 
     float totals[ROWS];
@@ -390,10 +424,10 @@ void Step::mix(const Layer& layer, const Attention& attention, const Work& work,
     }
 
     for (int start = 0; start < seen; start += PAGE) {
-        const Columns columns{page(&work, values, values_length, start), padded, LANES};
+        const Columns columns{values(layer, work, start), padded, LANES};
         tiles(rows, padded / LANES, weight + (int64_t)start / 2 * rows, rows, columns,
               (std::min(PAGE, seen - start) + 1) / 2, mixed, padded, start > 0,
-              page(next, values, values_length, start));
+              next ? values(layer, *next, start) : nullptr);
     }
     for (int r = 0; r < rows; r++) {
         const int row = attention.row_of[span.start + token(r)];

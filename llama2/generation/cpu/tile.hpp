@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include <vector>
+
 #include "numbers.hpp"
 
 using Pair = uint32_t;  // two bfloat16
@@ -19,17 +21,48 @@ struct Columns {
     const Pair* at(int64_t k, int64_t v) const { return first + k * pair + v * vector; }
 };
 
-// Memory that is to be brought closer meanwhile: `lines` of 64 bytes for each pair.
+// Memory that comes next and is brought closer meanwhile: `lines` of 64 bytes for each pair.
 struct Ahead {
     const Pair* first;
     int lines;
+};
+
+// Memory that is needed later, brought closer on the way, a line for each pair of a product: products
+// of many rows leave the memory idle.
+class Stream {
+   public:
+    void clear() {
+        parts.clear();
+        next = left = 0;
+    }
+    void add(const Pair* first, int64_t lines) { parts.push_back({first, lines}); }
+    void bring() {
+        if (!left) {
+            if (next == parts.size()) return;
+            line = parts[next].first;
+            left = parts[next++].lines;
+        }
+        _mm_prefetch(line, _MM_HINT_T1);
+        line += LANES;
+        left--;
+    }
+
+   private:
+    struct Part {
+        const Pair* first;
+        int64_t lines;
+    };
+    std::vector<Part> parts;
+    const Pair* line = nullptr;
+    size_t next = 0;
+    int64_t left = 0;
 };
 
 // sums[row][column] (+)= x[row] w[column] for M rows and V vectors of columns over `pairs` pairs.
 // x: a row's pairs lie `x_stride` apart.
 template <int M, int V>
 void tile(const Pair* x, int x_stride, Columns w, int pairs, float* sums, int sums_stride, bool add,
-          Ahead ahead) {
+          Ahead ahead, Stream* stream) {
     __m512 sum[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++)
@@ -40,6 +73,7 @@ void tile(const Pair* x, int x_stride, Columns w, int pairs, float* sums, int su
         for (int v = 0; v < V; v++) columns[v] = (__m512bh)_mm512_loadu_si512(w.at(k, v));
         for (int line = 0; line < ahead.lines; line++)
             _mm_prefetch(ahead.first + ((int64_t)k * ahead.lines + line) * LANES, _MM_HINT_T1);
+        if (stream) stream->bring();
 #pragma GCC unroll 14
         for (int m = 0; m < M; m++) {
             const __m512bh row = (__m512bh)_mm512_set1_epi32(x[k * x_stride + m]);
@@ -51,7 +85,7 @@ void tile(const Pair* x, int x_stride, Columns w, int pairs, float* sums, int su
             _mm512_storeu_ps(sums + m * sums_stride + v * LANES, sum[m][v]);
 }
 
-using Tile = void (*)(const Pair*, int, Columns, int, float*, int, bool, Ahead);
+using Tile = void (*)(const Pair*, int, Columns, int, float*, int, bool, Ahead, Stream*);
 // For 1 to 14 rows: of two vectors, and of one.
 const Tile TWO[ROWS] = {tile<1, 2>,  tile<2, 2>,  tile<3, 2>,  tile<4, 2>, tile<5, 2>,
                         tile<6, 2>,  tile<7, 2>,  tile<8, 2>,  tile<9, 2>, tile<10, 2>,
@@ -67,7 +101,7 @@ void tiles(int rows, int vectors, const Pair* x, int x_stride, const Columns& w,
     const auto some = [&](Tile tile, int count) {
         for (; vectors - done >= count; done += count)
             tile(x, x_stride, {w.at(0, done), w.pair, w.vector}, pairs, sums + done * LANES,
-                 sums_stride, add, {next + (int64_t)done * pairs * LANES, next ? count : 0});
+                 sums_stride, add, {next + (int64_t)done * pairs * LANES, next ? count : 0}, nullptr);
     };
     if (rows == 1) {  // more sums, to hide how long each takes
         some(tile<1, 4>, 4);
