@@ -11,6 +11,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "tile.hpp"
@@ -73,7 +74,7 @@ struct Work {
 // What of a layer's attention is computed: for all tokens, or in the last layer for those that draw.
 struct Attention {
     Blocks rows;                  // of what follows
-    std::vector<int32_t> row_of;  // row of each token; -1 for none
+    std::vector<int32_t> tokens;  // of each row
     std::vector<Work> work;
     std::vector<int32_t> early;  // tokens that are turned and kept before any work begins
 };
@@ -84,15 +85,17 @@ class Step {
     void run();
 
    private:
-    Attention attention(const std::vector<int32_t>& row_of, int rows) const;
+    Attention attention(const std::vector<int32_t>& tokens) const;
     void attend(const Layer& layer, const Attention& attention);
     void announce(const Layer& layer) const;
     const Pair* keys(const Layer& layer, const Work& work, int start) const;
     const Pair* values(const Layer& layer, const Work& work, int start) const;
-    void mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next);
+    void mix(const Layer& layer, const Work& work, const Work* next);
     void turn_and_keep(const Layer& layer, int token, int group);
     void turn(Number* head, int position) const;
     void normalize(const Number* scale, const Blocks& into);
+    template <class Read>
+    void fill(const Blocks& into, int width, Read read);
     template <class Take>
     void multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take);
     void add(const Matrix& matrix, const Blocks& rows, const Pair* x);
@@ -136,22 +139,23 @@ Step::Step(const Model& model, const Batch& batch)
             starts.push_back(n == 0);
             ends.push_back(n == batch.spans[s].length - 1);
         }
-    std::vector<int32_t> row_of(tokens, -1);
-    for (int r = 0; r < batch.drawing_count; r++) row_of[batch.drawing[r]] = r;
-    drawn = attention(row_of, batch.drawing_count);
-    for (int n = 0; n < tokens; n++) row_of[n] = n;
-    whole = attention(row_of, tokens);
+    drawn = attention({batch.drawing, batch.drawing + batch.drawing_count});
+    std::vector<int32_t> all(tokens);
+    std::iota(all.begin(), all.end(), 0);
+    whole = attention(all);
     residual = room(residuals, (int64_t)tokens * D);
     qkv = room(qkvs, (int64_t)tokens * qkv_width);
     input = room(inputs, whole.rows.length(std::max(D, H * K) / 2));
     wide = room(wides, whole.rows.length(model.layers[0].down.pairs));
 }
 
-Attention Step::attention(const std::vector<int32_t>& row_of, int rows) const {
-    Attention made{Blocks(rows), row_of};
+Attention Step::attention(const std::vector<int32_t>& tokens) const {
+    Attention made{Blocks(tokens.size()), tokens};
+    std::vector<char> wanted(batch.token_count);
+    for (int token : tokens) wanted[token] = true;
     for (int s = 0; s < batch.span_count; s++) {
         const Span& span = batch.spans[s];
-        const auto needed = [&](int n) { return row_of[span.start + n] >= 0; };
+        const auto needed = [&](int n) { return wanted[span.start + n]; };
         // What is done for a token alone, its work does: the lines it writes to it reads as well.
         if (span.length > 1 || Q > ROWS || !needed(0))
             for (int n = 0; n < span.length; n++) made.early.push_back(span.start + n);
@@ -257,9 +261,22 @@ void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x) {
     });
 }
 
-// The next product's input: rows by their root mean square, times the scale.
-void Step::normalize(const Number* scale, const Blocks& into) {
+// The next product's input, 16 numbers at a time: read(row, first column). Threads share columns and
+// not rows, which lie between each other. Called by all threads, ends together.
+template <class Read>
+void Step::fill(const Blocks& into, int width, Read read) {
 #pragma omp for schedule(static)
+    for (int column = 0; column < width; column += LANES)
+        for (int block = 0; block < into.count; block++) {
+            Pair* to = input + ((int64_t)block * width + column) / 2 * into.size;
+            for (int r = 0; r < into.rows_of(block); r++)
+                spread(to + r, into.size, read(block * into.size + r, column), width - column);
+        }
+}
+
+// Rows by their root mean square, times the scale.
+void Step::normalize(const Number* scale, const Blocks& into) {
+    float* inverse = room(scores, into.rows);  // of all rows by each thread: quicker than to wait
     for (int row = 0; row < into.rows; row++) {
         const Number* from = residual + (int64_t)row * D;
         __m512 squares = _mm512_setzero_ps();
@@ -267,15 +284,14 @@ void Step::normalize(const Number* scale, const Blocks& into) {
             const __m512 numbers = widened(from + d, first(D - d));
             squares = _mm512_fmadd_ps(numbers, numbers, squares);
         }
-        const float inverse = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
-        Pair* to = input + into.place(row, D / 2);
-        for (int d = 0; d < D; d += LANES) {
-            const __mmask16 mask = first(D - d);
-            const __m512 normal = _mm512_mul_ps(widened(from + d, mask), _mm512_set1_ps(inverse));
-            const __m512 scaled = _mm512_mul_ps(rounded(normal), widened(scale + d, mask));
-            spread(to + (int64_t)d / 2 * into.size, into.size, scaled, D - d);
-        }
+        inverse[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
     }
+    fill(into, D, [&](int row, int d) {
+        const __mmask16 mask = first(D - d);
+        const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
+        const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse[row])));
+        return _mm512_mul_ps(normal, widened(scale + d, mask));
+    });
 }
 
 // What the tokens see, as input of the next product. Called by all threads, ends together.
@@ -291,8 +307,13 @@ void Step::attend(const Layer& layer, const Attention& attention) {
         const Work& work = attention.work[w];
         const Span& span = batch.spans[work.span];
         if (span.length == 1 && Q <= ROWS) turn_and_keep(layer, span.start, work.group);
-        mix(layer, attention, work, w + 1 < count ? &work + 1 : nullptr);
+        mix(layer, work, w + 1 < count ? &work + 1 : nullptr);
     }
+    const std::vector<int32_t>& tokens = attention.tokens;
+    fill(attention.rows, H * K, [&](int row, int column) {
+        const Number* numbers = qkv + (int64_t)tokens[row] * qkv_width + column;
+        return widened(numbers, first(H * K - column));
+    });
 }
 
 // Turns a token's queries and key of a group to its position; stores key and value in its page.
@@ -377,8 +398,8 @@ const Pair* Step::values(const Layer& layer, const Work& work, int start) const 
     return layer.values + ((int64_t)page * G + work.group) * padded / 2 * PAGE;
 }
 
-// What the queries of `work` see, as input of the next product.
-void Step::mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next) {
+// What the queries of `work` see, in their place.
+void Step::mix(const Layer& layer, const Work& work, const Work* next) {
     const Span& span = batch.spans[work.span];
     const int rows = work.rows;
     const auto token = [&](int r) { return (work.first + r) / Q; };
@@ -429,15 +450,12 @@ void Step::mix(const Layer& layer, const Attention& attention, const Work& work,
               (std::min(PAGE, seen - start) + 1) / 2, mixed, padded, start > 0,
               next ? values(layer, *next, start) : nullptr);
     }
-    for (int r = 0; r < rows; r++) {
-        const int row = attention.row_of[span.start + token(r)];
-        if (row < 0) continue;
+    for (int r = 0; r < rows; r++) {  // in the place of the query
         const __m512 share = _mm512_set1_ps(1 / totals[r]);
-        const int stride = attention.rows.size;
-        Pair* to = input + attention.rows.place(row, H * K / 2) + (int64_t)head(r) * K / 2 * stride;
+        Number* to = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
         for (int k = 0; k < K; k += LANES)
-            spread(to + (int64_t)k / 2 * stride, stride,
-                   _mm512_mul_ps(_mm512_loadu_ps(mixed + r * padded + k), share), K - k);
+            store(to + k, _mm512_mul_ps(_mm512_loadu_ps(mixed + r * padded + k), share),
+                  first(K - k));
     }
 }
 
