@@ -197,7 +197,6 @@ void Step::run() {
             }
             add(layer.o, rows, input);
             normalize(layer.feed_forward_norm, rows);
-            if (!last) announce(model.layers[l + 1]);
             const int inner = layer.down.pairs;
             multiply(layer.gate_up, rows, input, [&](int row, const float* sums, int column) {
                 const __m512 gate = rounded(_mm512_loadu_ps(sums));
@@ -209,6 +208,7 @@ void Step::run() {
                 spread(wide + rows.place(row, inner) + (int64_t)done / 2 * rows.size, rows.size,
                        _mm512_mul_ps(silu, up), 2 * inner - done);
             });
+            if (!last) announce(model.layers[l + 1]);
             add(layer.down, rows, wide);
         }
         normalize(model.norm, drawn.rows);
