@@ -17,6 +17,9 @@ import torch
 from cluster.session import WORKER_ENVIRONMENT
 
 THREADS = 2
+PAUSE = 0.5
+"""Seconds before each step, in which the threads of the one before go to sleep: vLLM's wait for
+work for a fifth of a second, which would be the next one's loss."""
 Step = Callable[[], Any]
 
 
@@ -82,6 +85,7 @@ def measure(contenders: Sequence[Contender], steps: int, warmup: int = 2) -> dic
     running = {contender.name: _Running(contender) for contender in contenders}
     for _ in range(warmup + steps):
         for each in running.values():
+            time.sleep(PAUSE)
             each.step()
     for each in running.values():
         each.stop()
