@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
+from llama2.cpu.step import kernels_for
 from llama2.generation.bag_cache import BagCache
-from llama2.generation.cpu_decoder import CpuDecoder, TileCache, kernels_for
+from llama2.generation.cpu_decoder import CpuDecoder, TileCache
 from llama2.generation.decoder import Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
 from llama2.generation.request import Alternatives, Request
@@ -71,7 +72,7 @@ class Runner:
     as `max_batch_size` rows may need, as far as memory goes."""
 
     def __init__(self, model: Transformer, max_batch_size: int, cache_tokens: int | None) -> None:
-        weight, kernels = model.lm_head.weight, kernels_for(model)
+        weight, kernels = model.lm_head.weight, kernels_for(model.model)
         self._device = weight.device
         kind: type[TileCache | VarlenCache | BagCache] = BagCache
         if kernels is not None:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig, RopeScaling
-from llama2.generation import Engine, Sampling, cpu_decoder
-from llama2.generation.compiled import NotCompiled, library
-from llama2.generation.cpu_decoder import CpuDecoder, TileCache, kernels_for
+from llama2.cpu import step
+from llama2.cpu.library import NotCompiled, library
+from llama2.cpu.step import kernels_for
+from llama2.generation import Engine, Sampling
+from llama2.generation.cpu_decoder import CpuDecoder, TileCache
 from llama2.generation.decoder import Span
 from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
@@ -47,7 +49,7 @@ def made(config: ModelConfig) -> Transformer:
 
 
 needed = pytest.mark.skipif(
-    kernels_for(made(CONFIG)) is None, reason="this processor or machine has no compiled step"
+    kernels_for(made(CONFIG).model) is None, reason="this processor or machine has no compiled step"
 )
 
 
@@ -60,7 +62,7 @@ def threads() -> Iterator[None]:
 
 def decoder(model: Transformer, pages: int) -> CpuDecoder:
     cache = TileCache(model.config, pages, torch.bfloat16, torch.device("cpu"))
-    kernels = kernels_for(model)
+    kernels = kernels_for(model.model)
     assert kernels is not None
     return CpuDecoder(model, cache, kernels)
 
@@ -211,13 +213,13 @@ def test_without_a_compiler_operators_do_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(cpu_decoder, "_suits_processor", lambda: True)
-    cpu_decoder._compiled.cache_clear()
+    monkeypatch.setattr(step, "_suits_processor", lambda: True)
+    step._compiled.cache_clear()
     try:
         engine = Engine(made(CONFIG))
         completions = engine.generate([[1, 5, 9]], Sampling(max_new_tokens=5, stop_ids=()))
     finally:
-        cpu_decoder._compiled.cache_clear()
+        step._compiled.cache_clear()
     assert len(completions[0].tokens) == 5
     assert "There is no C++ compiler" in caplog.text
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
+from llama2.cpu.step import kernels_for
 from llama2.generation import Engine, Sampling, Token
-from llama2.generation.cpu_decoder import kernels_for
 from llama2.generation.product import Product
 from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
@@ -143,7 +143,7 @@ def test_new_weights_may_lie_in_other_memory(
     after = engine.generate(PROMPTS, greedy)
     assert after == Engine(copy.deepcopy(changed)).generate(PROMPTS, greedy) != before
     inside = changed.model.layers[0].self_attn.k_proj.weight.untyped_storage().data_ptr()
-    joins = kernels_for(changed) is None  # compiled code has copies of its own
+    joins = kernels_for(changed.model) is None  # compiled code has copies of its own
     assert (inside == memory.data_ptr()) == (gap == 0 or not joins)
 
 

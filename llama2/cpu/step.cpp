@@ -1,12 +1,12 @@
-// A step of the engine on a CPU with AVX512-BF16: tokens of many rows through all layers, with keys
-// and values in pages, in one call.
+// A forward pass on a CPU with AVX512-BF16: tokens of many rows through all layers, with keys and
+// values in pages, in one call.
 //
 // Weights lie as panels of 32 outputs, keys as pairs of features by tokens, values as pairs of
 // tokens by features, inputs of products as blocks of rows. Numbers are rounded to bfloat16 where the
 // trainer rounds them.
 //
 // Shapes: N tokens, D model width, I feed-forward width, H query heads, G key/value heads, Q query
-// heads a key/value head, K head width, P tokens of a page, R rows that draw, V vocabulary.
+// heads a key/value head, K head width, P tokens of a page, R tokens that are asked for, V vocabulary.
 
 #include <omp.h>
 
@@ -26,7 +26,7 @@ constexpr int64_t CARRIED = 16 << 20;  // bytes that stay in the last cache thro
 
 extern "C" {
 
-// The same as in cpu_decoder.py, field by field.
+// The same as in step.py, field by field.
 struct Matrix {
     const Pair* panels;  // [O / 32, I / 2, 32]
     const float* bias;   // [O] or null
@@ -57,9 +57,9 @@ struct Batch {
     const int64_t* tokens;
     const Span* spans;
     const int32_t* pages;
-    const int32_t* drawing;  // tokens that draw, rising
-    Number* logits;          // [R, V]
-    int32_t token_count, span_count, drawing_count, threads;
+    const int32_t* asked;  // tokens, rising
+    Number* output;        // [R, V], or without a head [R, D]
+    int32_t token_count, span_count, asked_count, threads;
 };
 }
 
@@ -71,7 +71,7 @@ struct Work {
     int32_t span, group, first, rows;
 };
 
-// What of a layer's attention is computed: for all tokens, or in the last layer for those that draw.
+// What of a layer's attention is computed: for all tokens, or in the last layer for those that are asked for.
 struct Attention {
     Blocks rows;                  // of what follows
     std::vector<int32_t> tokens;  // of each row
@@ -93,6 +93,8 @@ class Step {
     void mix(const Layer& layer, const Work& work, const Work* next);
     void turn_and_keep(const Layer& layer, int token, int group);
     void turn(Number* head, int position) const;
+    const std::vector<float>& scales(int rows) const;
+    __m512 normal(int row, int d, float inverse, const Number* scale) const;
     void normalize(const Number* scale, const Blocks& into);
     template <class Read>
     void fill(const Blocks& into, int width, Read read);
@@ -105,20 +107,20 @@ class Step {
     const int H, G, Q, K, D, padded, qkv_width;
     std::vector<int32_t> positions, pages;  // of the tokens: place in the text, and page
     std::vector<char> starts, ends;         // whether it is the first one of its span, the last
-    Attention whole, drawn;
+    Attention whole, asked;
     Number *residual, *qkv;
     Pair *input, *wide;
 
     // Kept from step to step, since new memory costs more than what is done with it.
     static thread_local std::vector<Number> residuals, qkvs;
     static thread_local std::vector<Pair> inputs, wides, weights;
-    static thread_local std::vector<float> scores;
+    static thread_local std::vector<float> scores, inverses;
     static thread_local Stream stream;
 };
 
 thread_local std::vector<Number> Step::residuals, Step::qkvs;
 thread_local std::vector<Pair> Step::inputs, Step::wides, Step::weights;
-thread_local std::vector<float> Step::scores;
+thread_local std::vector<float> Step::scores, Step::inverses;
 thread_local Stream Step::stream;
 
 template <class T>
@@ -130,7 +132,7 @@ T* room(std::vector<T>& memory, int64_t count) {
 Step::Step(const Model& model, const Batch& batch)
     : model(model), batch(batch), H(model.heads), G(model.groups), Q(H / G), K(model.head_width),
       D(model.width), padded((K + LANES - 1) / LANES * LANES), qkv_width((H + 2 * G) * K),
-      whole{Blocks(0)}, drawn{Blocks(0)} {
+      whole{Blocks(0)}, asked{Blocks(0)} {
     const int tokens = batch.token_count;
     for (int s = 0; s < batch.span_count; s++)
         for (int n = 0; n < batch.spans[s].length; n++) {
@@ -139,7 +141,7 @@ Step::Step(const Model& model, const Batch& batch)
             starts.push_back(n == 0);
             ends.push_back(n == batch.spans[s].length - 1);
         }
-    drawn = attention({batch.drawing, batch.drawing + batch.drawing_count});
+    asked = attention({batch.asked, batch.asked + batch.asked_count});
     std::vector<int32_t> all(tokens);
     std::iota(all.begin(), all.end(), 0);
     whole = attention(all);
@@ -186,13 +188,13 @@ void Step::run() {
                 store(to, _mm512_loadu_ps(sums), first(count));
                 store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
             });
-            const Attention& attention = last ? drawn : whole;
+            const Attention& attention = last ? asked : whole;
             attend(layer, attention);
             const Blocks& rows = attention.rows;
-            if (last) {  // nothing is computed any more for tokens that nothing is drawn after
+            if (last) {  // nothing more is computed for the others
 #pragma omp single
-                for (int r = 0; r < batch.drawing_count; r++)
-                    std::copy_n(residual + (int64_t)batch.drawing[r] * D, D,
+                for (int r = 0; r < batch.asked_count; r++)
+                    std::copy_n(residual + (int64_t)batch.asked[r] * D, D,
                                 residual + (int64_t)r * D);
             }
             add(layer.o, rows, input);
@@ -211,13 +213,22 @@ void Step::run() {
             if (!last) announce(model.layers[l + 1]);
             add(layer.down, rows, wide);
         }
-        normalize(model.norm, drawn.rows);
-        multiply(model.head, drawn.rows, input, [&](int row, const float* sums, int column) {
-            const int count = std::min(PANEL, model.head.outputs - column);
-            Number* to = batch.logits + (int64_t)row * model.head.outputs + column;
-            store(to, _mm512_loadu_ps(sums), first(count));
-            store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
-        });
+        if (!model.head.panels) {
+            const std::vector<float>& inverse = scales(asked.rows.rows);
+#pragma omp for schedule(static)
+            for (int row = 0; row < asked.rows.rows; row++)
+                for (int d = 0; d < D; d += LANES)
+                    store(batch.output + (int64_t)row * D + d,
+                          normal(row, d, inverse[row], model.norm), first(D - d));
+        } else {
+            normalize(model.norm, asked.rows);
+            multiply(model.head, asked.rows, input, [&](int row, const float* sums, int column) {
+                const int count = std::min(PANEL, model.head.outputs - column);
+                Number* to = batch.output + (int64_t)row * model.head.outputs + column;
+                store(to, _mm512_loadu_ps(sums), first(count));
+                store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
+            });
+        }
     }
 }
 
@@ -274,24 +285,32 @@ void Step::fill(const Blocks& into, int width, Read read) {
         }
 }
 
-// Rows by their root mean square, times the scale.
-void Step::normalize(const Number* scale, const Blocks& into) {
-    float* inverse = room(scores, into.rows);  // of all rows by each thread: quicker than to wait
-    for (int row = 0; row < into.rows; row++) {
+// One over the root mean square of each row. Every thread finds all: quicker than to wait for others.
+const std::vector<float>& Step::scales(int rows) const {
+    room(inverses, rows);
+    for (int row = 0; row < rows; row++) {
         const Number* from = residual + (int64_t)row * D;
         __m512 squares = _mm512_setzero_ps();
         for (int d = 0; d < D; d += LANES) {
             const __m512 numbers = widened(from + d, first(D - d));
             squares = _mm512_fmadd_ps(numbers, numbers, squares);
         }
-        inverse[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
+        inverses[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
     }
-    fill(into, D, [&](int row, int d) {
-        const __mmask16 mask = first(D - d);
-        const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
-        const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse[row])));
-        return _mm512_mul_ps(normal, widened(scale + d, mask));
-    });
+    return inverses;
+}
+
+__m512 Step::normal(int row, int d, float inverse, const Number* scale) const {
+    const __mmask16 mask = first(D - d);
+    const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
+    const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse)));
+    return _mm512_mul_ps(normal, widened(scale + d, mask));
+}
+
+// The next product's input: rows by their root mean square, times the scale.
+void Step::normalize(const Number* scale, const Blocks& into) {
+    const std::vector<float>& inverse = scales(into.rows);
+    fill(into, D, [&](int row, int d) { return normal(row, d, inverse[row], scale); });
 }
 
 // What the tokens see, as input of the next product. Called by all threads, ends together.

@@ -1,0 +1,243 @@
+"""A forward pass in one call of compiled code (`step.cpp`), for CPUs with bfloat16 instructions.
+
+Shapes: N tokens, O outputs and I inputs of a matrix, R tokens that are asked for, D model width,
+V vocabulary.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama2.cpu.library import NotCompiled, library
+from llama2.model import FeedForward, Layer, Trunk
+from llama2.rope import inverse_frequencies, rotation
+from llama2.swiglu import SwiGLULinear
+
+PAGE = 64
+PANEL = 32
+LANES = 16
+
+Array = np.ndarray[Any, Any]
+
+logger = logging.getLogger(__name__)
+
+
+class _Matrix(Structure):
+    _fields_ = [
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("outputs", c_int32),
+        ("pairs", c_int32),
+    ]
+
+
+class _Layer(Structure):
+    _fields_ = [
+        *[(name, _Matrix) for name in ("qkv", "o", "gate_up", "down")],
+        *[(name, c_void_p) for name in ("attention_norm", "feed_forward_norm", "keys", "values")],
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        ("layers", POINTER(_Layer)),
+        ("head", _Matrix),
+        *[(name, c_void_p) for name in ("embeddings", "norm", "cos", "sin")],
+        *[(name, c_int32) for name in ("depth", "width", "heads", "groups", "head_width")],
+        ("eps", c_float),
+    ]
+
+
+class _Batch(Structure):
+    _fields_ = [
+        *[(name, c_void_p) for name in ("tokens", "spans", "pages", "asked", "output")],
+        *[(name, c_int32) for name in ("token_count", "span_count", "asked_count", "threads")],
+    ]
+
+
+class Kernels(NamedTuple):
+    """Compiled functions."""
+
+    forward: Callable[..., None]
+    draw: Callable[..., None]
+
+
+def kernels_for(trunk: Trunk) -> Kernels | None:
+    """The compiled functions, where this processor runs them and `trunk` is one for them."""
+    weight = trunk.embed_tokens.weight
+    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if not fits or trunk.config.hidden_size % 2 or not _suits_processor():
+        return None
+    plain = all(type(x) in (nn.Linear, SwiGLULinear) for x in _linears(trunk))
+    return _compiled() if plain and trunk.sequence_parallel.degree == 1 else None
+
+
+def _linears(trunk: Trunk) -> list[nn.Module]:
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    return [x for name, x in trunk.named_modules() if name.endswith(names)]
+
+
+def _suits_processor() -> bool:
+    # Tiles of AMX, which oneDNN uses, do several times as much as the instructions used here.
+    supported = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return bool(supported)
+
+
+@cache
+def _compiled() -> Kernels | None:
+    try:
+        found = library(Path(__file__).parent)
+    except NotCompiled as reason:
+        logger.warning("Generation on this CPU is half as fast as it could be: %s", reason)
+        return None
+    found.forward.argtypes = [POINTER(_Model), POINTER(_Batch)]
+    found.draw.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 4, c_int]
+    found.forward.restype = found.draw.restype = None
+    return Kernels(found.forward, found.draw)
+
+
+def room_for(trunk: Trunk, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the keys and values of a layer."""
+    groups, width = trunk.config.num_key_value_heads, trunk.config.head_width
+    padded = -(-width // LANES) * LANES
+    return (pages, groups, width // 2, PAGE, 2), (pages, groups, PAGE // 2, padded, 2)
+
+
+class Step:
+    """A trunk, and maybe a head on it, with memory for keys and values: of each layer, or of one
+    that all layers use in turn.
+
+    What is written to the weights counts once `weights_changed` was called; they are laid out anew
+    at the next call.
+    """
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        head: nn.Linear | None,
+        kernels: Kernels,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+    ) -> None:
+        self._trunk, self._head, self._kernels = trunk, head, kernels
+        self._keys, self._values = keys, values
+        self._panels: dict[str, Tensor] = {}
+        self._model: _Model | None = None
+        self._kept: list[Any] = []
+        self._turn(trunk.config.max_position_embeddings)
+
+    def weights_changed(self) -> None:
+        """Compute with what the weights now are."""
+        self._model = None
+
+    def __call__(
+        self, tokens_N: Array, spans: Array, pages: Array, asked_R: Array, output: Tensor
+    ) -> None:
+        """Fill `output` with the logits [R, V], or without a head the hidden states [R, D], behind
+        the tokens at places `asked_R`, which rise.
+
+        spans: of each, one behind the other in the batch, int32: its first token's place, how many
+        tokens of its row were computed before, how many are now, and where its row's pages begin
+        in `pages`.
+        """
+        longest = int((spans[:, 1] + spans[:, 2]).max())
+        if longest > len(self._cos):
+            self._turn(longest)
+            self._model = None
+        if self._model is None:
+            self._model = self._lay_out()
+        arrays = (
+            tokens_N.astype(np.int64, copy=False),
+            np.ascontiguousarray(spans, np.int32),
+            pages.astype(np.int32, copy=False),
+            asked_R.astype(np.int32, copy=False),
+        )
+        batch = _Batch(
+            *[array.ctypes.data for array in arrays],
+            output.data_ptr(),
+            len(tokens_N),
+            len(spans),
+            len(asked_R),
+            torch.get_num_threads(),
+        )
+        self._kernels.forward(self._model, batch)
+
+    def _turn(self, length: int) -> None:
+        positions = torch.arange(length)[None]
+        frequencies = inverse_frequencies(self._trunk.config)
+        cos, sin = rotation(positions, frequencies, 1, torch.bfloat16)
+        self._cos, self._sin = cos[0].contiguous(), sin[0].contiguous()
+
+    @torch.no_grad()
+    def _lay_out(self) -> _Model:
+        trunk, config = self._trunk, self._trunk.config
+        self._kept = []
+        layers = (_Layer * config.num_hidden_layers)()
+        for index, layer in enumerate(trunk.layers):
+            assert isinstance(layer, Layer)
+            attention, mlp = layer.self_attn, layer.mlp
+            assert isinstance(mlp, FeedForward)
+            layers[index] = _Layer(
+                self._matrix(f"{index} qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                self._matrix(f"{index} o", attention.o_proj),
+                self._matrix(f"{index} gate_up", mlp.gate_proj, mlp.up_proj, alternate=True),
+                self._matrix(f"{index} down", mlp.down_proj),
+                self._pointer(layer.input_layernorm.weight),
+                self._pointer(layer.post_attention_layernorm.weight),
+                self._keys[index].data_ptr(),
+                self._values[index].data_ptr(),
+            )
+        return _Model(
+            layers,
+            _Matrix() if self._head is None else self._matrix("head", self._head),
+            self._pointer(trunk.embed_tokens.weight),
+            self._pointer(trunk.norm.weight),
+            self._cos.data_ptr(),
+            self._sin.data_ptr(),
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_width,
+            config.rms_norm_eps,
+        )
+
+    def _matrix(self, name: str, *linears: nn.Linear, alternate: bool = False) -> _Matrix:
+        """The matrices one below the other; or, of two, 16 rows of either in turns."""
+        unit = LANES if alternate else 1
+        weight_OI = _joined([linear.weight for linear in linears], unit)
+        weight_OI = F.pad(weight_OI, (0, weight_OI.shape[1] % 2, 0, -len(weight_OI) % PANEL))
+        pairs = weight_OI.shape[1] // 2
+        rows = weight_OI.contiguous().view(torch.int32).view(-1, PANEL, pairs)
+        if name not in self._panels:
+            self._panels[name] = torch.empty((len(rows), pairs, PANEL), dtype=torch.int32)
+        panels = self._panels[name].copy_(rows.transpose(1, 2))
+        bias = None
+        if linears[0].bias is not None:
+            bias_O = _joined([linear.bias.float() for linear in linears], unit)
+            bias = self._pointer(F.pad(bias_O, (0, -len(bias_O) % PANEL)))
+        outputs = sum(linear.out_features for linear in linears)
+        return _Matrix(panels.data_ptr(), bias, outputs, pairs)
+
+    def _pointer(self, tensor: Tensor) -> int:
+        """Where the numbers lie, of memory that stays as long as they may be read."""
+        kept = tensor.detach().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
+
+
+def _joined(parts: list[Tensor], unit: int) -> Tensor:
+    """One below the other; where `unit` is not 1, so many rows of each in turns."""
+    if unit == 1:
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    rest = -len(parts[0]) % unit
+    filled = [F.pad(part, (*[0, 0] * (part.dim() - 1), 0, rest)) for part in parts]
+    return torch.stack([part.unflatten(0, (-1, unit)) for part in filled], dim=1).flatten(0, 2)

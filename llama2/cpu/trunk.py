@@ -1,0 +1,96 @@
+"""A trunk whose forward passes are computed by compiled code, where nothing learns from them.
+
+Shapes: B batch, T tokens, D model width, N tokens that are asked for.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from llama2.cpu.step import PAGE, Array, Kernels, Step, kernels_for, room_for
+from llama2.model import ScalarModel, Transformer, Trunk
+
+TOKENS = 2048
+"""Tokens of whole documents that go through the layers together: what lies between two layers then
+stays in a processor's caches."""
+
+
+class CompiledTrunk(nn.Module):
+    """Does what `trunk` does, without a gradient. kernels: what `kernels_for` gave for it."""
+
+    def __init__(self, trunk: Trunk, kernels: Kernels) -> None:
+        super().__init__()
+        self.trunk, self._kernels = trunk, kernels
+        self._pages = 0
+        self._step: Step | None = None
+
+    def weights_changed(self) -> None:
+        """Compute with what the weights now are."""
+        if self._step is not None:
+            self._step.weights_changed()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        places_N: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D], 0 on padding; with `places_N`, [N, D] of these tokens of the
+        flattened batch."""
+        shape, width = tokens_BT.shape, self.trunk.config.hidden_size
+        segments = np.ones(shape) if segments_BT is None else segments_BT.numpy()
+        documents = _documents(segments)
+        places = np.arange(tokens_BT.numel()) if places_N is None else places_N.numpy()
+        asked, which = np.unique(places, return_inverse=True)
+        hidden = torch.zeros((len(asked), width), dtype=torch.bfloat16)
+        tokens = tokens_BT.numpy().reshape(-1)
+        for part in _parts(documents):
+            self._compute(tokens, part, asked, hidden)
+        found = hidden if len(asked) == len(places) else hidden[which]
+        return found.view(*shape, width) if places_N is None else found
+
+    def _compute(self, tokens: Array, documents: Array, asked: Array, hidden: Tensor) -> None:
+        """Fill in the hidden states that are asked for of some documents."""
+        start, length = documents.T
+        pages = -(-length // PAGE)
+        first = length.cumsum() - length
+        spans = np.stack((first, np.zeros_like(first), length, pages.cumsum() - pages), axis=1)
+        flat = np.repeat(start - first, length) + np.arange(length.sum())
+        wanted = np.isin(flat, asked)
+        rows = torch.from_numpy(np.searchsorted(asked, flat[wanted]))
+        output = torch.empty((len(rows), hidden.shape[1]), dtype=torch.bfloat16)
+        step = self._with_room(int(pages.sum()))
+        step(tokens[flat], spans, np.arange(pages.sum()), np.flatnonzero(wanted), output)
+        hidden[rows] = output
+
+    def _with_room(self, pages: int) -> Step:
+        if self._step is None or pages > self._pages:
+            self._pages = max(pages, TOKENS // PAGE)
+            keys, values = room_for(self.trunk, self._pages)
+            layers = self.trunk.config.num_hidden_layers
+            memory = [torch.empty(shape, dtype=torch.bfloat16) for shape in (keys, values)]
+            self._step = Step(self.trunk, None, self._kernels, *[[m] * layers for m in memory])
+        return self._step
+
+
+def compile_trunk(model: Transformer | ScalarModel) -> None:
+    """Have the trunk of a frozen model computed by compiled code, where this machine can."""
+    kernels = kernels_for(model.model)
+    if kernels is not None:
+        model.model = CompiledTrunk(model.model, kernels)  # type: ignore[assignment]
+
+
+def _documents(segments_BT: Array) -> Array:
+    """Place of the first token in the flattened batch, and length, of each document: [.., 2]."""
+    begins = np.ones(segments_BT.shape, bool)
+    begins[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    starts = np.flatnonzero(begins)
+    lengths = np.diff(starts, append=segments_BT.size)
+    return np.stack((starts, lengths), axis=1)[segments_BT.reshape(-1)[starts] != 0]
+
+
+def _parts(documents: Array) -> list[Array]:
+    """Neighbours of at most `TOKENS` together, or one that is longer."""
+    before = np.cumsum(documents[:, 1]) - documents[:, 1]
+    return [p for p in np.split(documents, np.flatnonzero(np.diff(before // TOKENS)) + 1) if len(p)]
