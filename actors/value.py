@@ -5,6 +5,7 @@ from torch import Tensor
 
 from actors.experience import ExperienceBatch
 from cluster.engine import Engine
+from llama2.cpu.trunk import CompiledTrunk
 from llama2.losses import value_loss
 from llama2.model import ScalarModel
 
@@ -15,12 +16,23 @@ class Value:
     def __init__(self, engine: Engine, clip_range: float | None) -> None:
         assert isinstance(engine.module, ScalarModel)
         self.engine, self.clip_range = engine, clip_range
+        self._trunk = CompiledTrunk.of(engine.module.model)
 
     @torch.no_grad()
     def values(self, batch: ExperienceBatch) -> Tensor:
         """Value of the state before each answer token, [B, T], 0 elsewhere."""
-        values_BT: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, batch.mask_BT)
+        asked = batch.tokens_BT, batch.segments_BT, batch.mask_BT
+        values_BT: Tensor
+        if self._trunk is None:
+            values_BT = self.engine(*asked)
+        else:
+            values_BT = self.engine.module(*asked, trunk=self._trunk)
         return values_BT
+
+    def weights_changed(self) -> None:
+        """See the values of the weights as they now are."""
+        if self._trunk is not None:
+            self._trunk.weights_changed()
 
     def loss(self, batch: ExperienceBatch, total: int) -> Tensor:
         """This micro-batch's part of the loss of a minibatch with `total` answer tokens."""

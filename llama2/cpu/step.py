@@ -76,8 +76,12 @@ def kernels_for(trunk: Trunk) -> Kernels | None:
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     if not fits or trunk.config.hidden_size % 2 or not _suits_processor():
         return None
-    plain = all(type(x) in (nn.Linear, SwiGLULinear) for x in _linears(trunk))
-    return _compiled() if plain and trunk.sequence_parallel.degree == 1 else None
+    whole = weight.shape == (
+        trunk.config.vocab_size,
+        trunk.config.hidden_size,
+    )  # not ZeRO 3's parts
+    plain = all(type(x) in (nn.Linear, SwiGLULinear) for x in _linears(trunk))  # without adapters
+    return _compiled() if whole and plain and trunk.sequence_parallel.degree == 1 else None
 
 
 def _linears(trunk: Trunk) -> list[nn.Module]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llama2.cpu.step import PAGE, Array, Kernels, Step, kernels_for, room_for
 from llama2.model import ScalarModel, Transformer, Trunk
 
-TOKENS = 2048
+TOKENS = 1024
 """Tokens of whole documents that go through the layers together: what lies between two layers then
 stays in a processor's caches."""
 
@@ -23,6 +23,12 @@ class CompiledTrunk(nn.Module):
         self.trunk, self._kernels = trunk, kernels
         self._pages = 0
         self._step: Step | None = None
+
+    @classmethod
+    def of(cls, trunk: Trunk) -> "CompiledTrunk | None":
+        """That of `trunk`, where this machine can compute it so."""
+        kernels = kernels_for(trunk)
+        return None if kernels is None else cls(trunk, kernels)
 
     def weights_changed(self) -> None:
         """Compute with what the weights now are."""
@@ -76,9 +82,7 @@ class CompiledTrunk(nn.Module):
 
 def compile_trunk(model: Transformer | ScalarModel) -> None:
     """Have the trunk of a frozen model computed by compiled code, where this machine can."""
-    kernels = kernels_for(model.model)
-    if kernels is not None:
-        model.model = CompiledTrunk(model.model, kernels)  # type: ignore[assignment]
+    model.model = CompiledTrunk.of(model.model) or model.model  # type: ignore[assignment]
 
 
 def _documents(segments_BT: Array) -> Array:
