@@ -9,7 +9,7 @@ import torch
 from actors.records import ReferenceLogprobs, Rollout
 from llama2 import checkpoint
 from llama2.batches import pack
-from llama2.cpu.trunk import compile_trunk
+from llama2.cpu.models import compiled
 
 MAX_TOKENS = 16_384  # of activations held at a time
 
@@ -21,8 +21,8 @@ class Reference:
     def __init__(self, folder: Path, dtype: torch.dtype, threads: int) -> None:
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = checkpoint.load(folder, dtype=dtype, device=str(self._device)).eval()
-        compile_trunk(self._model)
+        model = checkpoint.load(folder, dtype=dtype, device=str(self._device)).eval()
+        self._model = compiled(model)
 
     @torch.inference_mode()
     def score(self, rollout: Rollout) -> ReferenceLogprobs:

@@ -13,7 +13,7 @@ from actors.records import Rollout, Sample, Scores
 from actors.reference import by_length
 from llama2 import checkpoint
 from llama2.batches import TokenArray, pad_right
-from llama2.cpu.trunk import compile_trunk
+from llama2.cpu.models import compiled
 from llama2.records import Prompt
 from llama2.tokenizer import load_tokenizer
 from llama2.transcripts import Transcripts, encode_answered
@@ -43,8 +43,8 @@ class Reward:
         torch.set_num_threads(threads)
         self._folder = folder
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = checkpoint.load_scalar(folder, dtype=dtype, device=str(self._device)).eval()
-        compile_trunk(self._model)
+        model = checkpoint.load_scalar(folder, dtype=dtype, device=str(self._device)).eval()
+        self._model = compiled(model)
         self._tokenizer = load_tokenizer(folder)
         self._transcripts = None if asked is None else asked.transcripts()
 

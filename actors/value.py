@@ -5,7 +5,7 @@ from torch import Tensor
 
 from actors.experience import ExperienceBatch
 from cluster.engine import Engine
-from llama2.cpu.trunk import CompiledTrunk
+from llama2.cpu.models import CompiledTrunk
 from llama2.losses import value_loss
 from llama2.model import ScalarModel
 

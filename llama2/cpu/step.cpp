@@ -19,7 +19,6 @@
 namespace {
 
 constexpr int PAGE = 64;
-constexpr int NEAR = 10;  // blocks of rows that stay in a processor's own cache
 constexpr int64_t CARRIED = 16 << 20;  // bytes that stay in the last cache through some products
 
 }  // namespace
@@ -27,12 +26,6 @@ constexpr int64_t CARRIED = 16 << 20;  // bytes that stay in the last cache thro
 extern "C" {
 
 // The same as in step.py, field by field.
-struct Matrix {
-    const Pair* panels;  // [O / 32, I / 2, 32]
-    const float* bias;   // [O] or null
-    int32_t outputs, pairs;
-};
-
 struct Layer {
     Matrix qkv, o, gate_up, down;  // gate_up: 16 outputs of either in a panel
     const Number *attention_norm, *feed_forward_norm;

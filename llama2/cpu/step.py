@@ -30,7 +30,7 @@ Array = np.ndarray[Any, Any]
 logger = logging.getLogger(__name__)
 
 
-class _Matrix(Structure):
+class Matrix(Structure):
     _fields_ = [
         ("panels", c_void_p),
         ("bias", c_void_p),
@@ -41,7 +41,7 @@ class _Matrix(Structure):
 
 class _Layer(Structure):
     _fields_ = [
-        *[(name, _Matrix) for name in ("qkv", "o", "gate_up", "down")],
+        *[(name, Matrix) for name in ("qkv", "o", "gate_up", "down")],
         *[(name, c_void_p) for name in ("attention_norm", "feed_forward_norm", "keys", "values")],
     ]
 
@@ -49,7 +49,7 @@ class _Layer(Structure):
 class _Model(Structure):
     _fields_ = [
         ("layers", POINTER(_Layer)),
-        ("head", _Matrix),
+        ("head", Matrix),
         *[(name, c_void_p) for name in ("embeddings", "norm", "cos", "sin")],
         *[(name, c_int32) for name in ("depth", "width", "heads", "groups", "head_width")],
         ("eps", c_float),
@@ -68,6 +68,7 @@ class Kernels(NamedTuple):
 
     forward: Callable[..., None]
     draw: Callable[..., None]
+    logprobs: Callable[..., None]
 
 
 def kernels_for(trunk: Trunk) -> Kernels | None:
@@ -104,8 +105,9 @@ def _compiled() -> Kernels | None:
         return None
     found.forward.argtypes = [POINTER(_Model), POINTER(_Batch)]
     found.draw.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 4, c_int]
-    found.forward.restype = found.draw.restype = None
-    return Kernels(found.forward, found.draw)
+    found.logprobs.argtypes = [POINTER(Matrix), c_void_p, c_void_p, c_int, c_void_p, c_int]
+    found.forward.restype = found.draw.restype = found.logprobs.restype = None
+    return Kernels(found.forward, found.draw, found.logprobs)
 
 
 def room_for(trunk: Trunk, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -113,6 +115,41 @@ def room_for(trunk: Trunk, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]
     groups, width = trunk.config.num_key_value_heads, trunk.config.head_width
     padded = -(-width // LANES) * LANES
     return (pages, groups, width // 2, PAGE, 2), (pages, groups, PAGE // 2, padded, 2)
+
+
+class Matrices:
+    """Weights laid out for compiled code, in memory of their own."""
+
+    def __init__(self) -> None:
+        self._panels: dict[str, Tensor] = {}
+        self._kept: list[Tensor] = []
+
+    def forget(self) -> None:
+        """Let go of what `pointer` keeps; memory for matrices is kept for the next ones."""
+        self._kept = []
+
+    def matrix(self, name: str, *linears: nn.Linear, alternate: bool = False) -> Matrix:
+        """The matrices one below the other; or, of two, 16 rows of either in turns."""
+        unit = LANES if alternate else 1
+        weight_OI = _joined([linear.weight for linear in linears], unit)
+        weight_OI = F.pad(weight_OI, (0, weight_OI.shape[1] % 2, 0, -len(weight_OI) % PANEL))
+        pairs = weight_OI.shape[1] // 2
+        rows = weight_OI.contiguous().view(torch.int32).view(-1, PANEL, pairs)
+        if name not in self._panels:
+            self._panels[name] = torch.empty((len(rows), pairs, PANEL), dtype=torch.int32)
+        panels = self._panels[name].copy_(rows.transpose(1, 2))
+        bias = None
+        if linears[0].bias is not None:
+            bias_O = _joined([linear.bias.float() for linear in linears], unit)
+            bias = self.pointer(F.pad(bias_O, (0, -len(bias_O) % PANEL)))
+        outputs = sum(linear.out_features for linear in linears)
+        return Matrix(panels.data_ptr(), bias, outputs, pairs)
+
+    def pointer(self, tensor: Tensor) -> int:
+        """Where the numbers lie, of memory that stays as long as they may be read."""
+        kept = tensor.detach().contiguous()
+        self._kept.append(kept)
+        return kept.data_ptr()
 
 
 class Step:
@@ -133,9 +170,8 @@ class Step:
     ) -> None:
         self._trunk, self._head, self._kernels = trunk, head, kernels
         self._keys, self._values = keys, values
-        self._panels: dict[str, Tensor] = {}
+        self._matrices = Matrices()
         self._model: _Model | None = None
-        self._kept: list[Any] = []
         self._turn(trunk.config.max_position_embeddings)
 
     def weights_changed(self) -> None:
@@ -183,27 +219,28 @@ class Step:
     @torch.no_grad()
     def _lay_out(self) -> _Model:
         trunk, config = self._trunk, self._trunk.config
-        self._kept = []
+        laid = self._matrices
+        laid.forget()
         layers = (_Layer * config.num_hidden_layers)()
         for index, layer in enumerate(trunk.layers):
             assert isinstance(layer, Layer)
             attention, mlp = layer.self_attn, layer.mlp
             assert isinstance(mlp, FeedForward)
             layers[index] = _Layer(
-                self._matrix(f"{index} qkv", attention.q_proj, attention.k_proj, attention.v_proj),
-                self._matrix(f"{index} o", attention.o_proj),
-                self._matrix(f"{index} gate_up", mlp.gate_proj, mlp.up_proj, alternate=True),
-                self._matrix(f"{index} down", mlp.down_proj),
-                self._pointer(layer.input_layernorm.weight),
-                self._pointer(layer.post_attention_layernorm.weight),
+                laid.matrix(f"{index} qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                laid.matrix(f"{index} o", attention.o_proj),
+                laid.matrix(f"{index} gate_up", mlp.gate_proj, mlp.up_proj, alternate=True),
+                laid.matrix(f"{index} down", mlp.down_proj),
+                laid.pointer(layer.input_layernorm.weight),
+                laid.pointer(layer.post_attention_layernorm.weight),
                 self._keys[index].data_ptr(),
                 self._values[index].data_ptr(),
             )
         return _Model(
             layers,
-            _Matrix() if self._head is None else self._matrix("head", self._head),
-            self._pointer(trunk.embed_tokens.weight),
-            self._pointer(trunk.norm.weight),
+            Matrix() if self._head is None else laid.matrix("head", self._head),
+            laid.pointer(trunk.embed_tokens.weight),
+            laid.pointer(trunk.norm.weight),
             self._cos.data_ptr(),
             self._sin.data_ptr(),
             config.num_hidden_layers,
@@ -213,29 +250,6 @@ class Step:
             config.head_width,
             config.rms_norm_eps,
         )
-
-    def _matrix(self, name: str, *linears: nn.Linear, alternate: bool = False) -> _Matrix:
-        """The matrices one below the other; or, of two, 16 rows of either in turns."""
-        unit = LANES if alternate else 1
-        weight_OI = _joined([linear.weight for linear in linears], unit)
-        weight_OI = F.pad(weight_OI, (0, weight_OI.shape[1] % 2, 0, -len(weight_OI) % PANEL))
-        pairs = weight_OI.shape[1] // 2
-        rows = weight_OI.contiguous().view(torch.int32).view(-1, PANEL, pairs)
-        if name not in self._panels:
-            self._panels[name] = torch.empty((len(rows), pairs, PANEL), dtype=torch.int32)
-        panels = self._panels[name].copy_(rows.transpose(1, 2))
-        bias = None
-        if linears[0].bias is not None:
-            bias_O = _joined([linear.bias.float() for linear in linears], unit)
-            bias = self._pointer(F.pad(bias_O, (0, -len(bias_O) % PANEL)))
-        outputs = sum(linear.out_features for linear in linears)
-        return _Matrix(panels.data_ptr(), bias, outputs, pairs)
-
-    def _pointer(self, tensor: Tensor) -> int:
-        """Where the numbers lie, of memory that stays as long as they may be read."""
-        kept = tensor.detach().contiguous()
-        self._kept.append(kept)
-        return kept.data_ptr()
 
 
 def _joined(parts: list[Tensor], unit: int) -> Tensor:

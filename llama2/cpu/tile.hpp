@@ -12,6 +12,7 @@ using Pair = uint32_t;  // two bfloat16
 
 constexpr int PANEL = 32;  // columns of a panel: two vectors
 constexpr int ROWS = 14;   // most rows of a tile: 28 of 32 registers sum up
+constexpr int NEAR = 10;   // blocks of rows that stay in a processor's own cache
 
 // Columns of a product: vectors of 16 columns, `vector` apart, of which the next pair is `pair` on.
 struct Columns {
@@ -95,7 +96,7 @@ const Tile ONE[ROWS] = {tile<1, 1>,  tile<2, 1>,  tile<3, 1>,  tile<4, 1>, tile<
                         tile<11, 1>, tile<12, 1>, tile<13, 1>, tile<14, 1>};
 
 // The same for any number of vectors. next: so much memory as w's is brought closer, or null.
-void tiles(int rows, int vectors, const Pair* x, int x_stride, const Columns& w, int pairs,
+inline void tiles(int rows, int vectors, const Pair* x, int x_stride, const Columns& w, int pairs,
            float* sums, int sums_stride, bool add, const Pair* next) {
     int done = 0;
     const auto some = [&](Tile tile, int count) {
@@ -127,9 +128,16 @@ struct Blocks {
 };
 
 // Writes 16 numbers, or the first `count` of them, as pairs that are `stride` apart.
-void spread(Pair* to, int stride, __m512 x, int count = LANES) {
+inline void spread(Pair* to, int stride, __m512 x, int count = LANES) {
     alignas(64) Number numbers[LANES];
     store(numbers, x);
     const Pair* from = reinterpret_cast<const Pair*>(numbers);
     for (int j = 0; j < std::min(LANES, count) / 2; j++) to[(int64_t)j * stride] = from[j];
 }
+
+// A matrix as products read it; the same as in step.py, field by field. I inputs, O outputs.
+struct Matrix {
+    const Pair* panels;  // [O / 32, I / 2, 32]
+    const float* bias;   // [O] or null
+    int32_t outputs, pairs;
+};

@@ -1,6 +1,7 @@
 """The compiled step against the model itself, and its draws against float64."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -222,6 +223,12 @@ def test_without_a_compiler_operators_do_it(
         step._compiled.cache_clear()
     assert len(completions[0].tokens) == 5
     assert "There is no C++ compiler" in caplog.text
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+def test_the_sources_compile() -> None:
+    """Else all other tests of compiled code would be skipped."""
+    library(Path(step.__file__).parent)
 
 
 def test_a_library_is_made_once_and_anew_for_other_sources(

@@ -1,14 +1,18 @@
-"""A trunk whose forward passes are computed by compiled code, where nothing learns from them.
+"""Models whose forward passes are computed by compiled code, where nothing learns from them.
 
 Shapes: B batch, T tokens, D model width, N tokens that are asked for.
 """
+
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2.cpu.step import PAGE, Array, Kernels, Step, kernels_for, room_for
-from llama2.model import ScalarModel, Transformer, Trunk
+from llama2.cpu.step import PAGE, Array, Kernels, Matrices, Step, kernels_for, room_for
+from llama2.model import ScalarModel, Transformer, Trunk, Unembedding
+
+AnyModel = TypeVar("AnyModel", Transformer, ScalarModel)
 
 TOKENS = 1024
 """Tokens of whole documents that go through the layers together: what lies between two layers then
@@ -80,9 +84,41 @@ class CompiledTrunk(nn.Module):
         return self._step
 
 
-def compile_trunk(model: Transformer | ScalarModel) -> None:
-    """Have the trunk of a frozen model computed by compiled code, where this machine can."""
-    model.model = CompiledTrunk.of(model.model) or model.model  # type: ignore[assignment]
+class CompiledUnembedding(Unembedding):
+    """The head of a frozen model, of its weight."""
+
+    def __init__(self, head: nn.Linear, kernels: Kernels) -> None:
+        super().__init__(head.in_features, head.out_features, bias=False, device="meta")
+        self.weight, self._logprobs = head.weight, kernels.logprobs
+        self._matrices = Matrices()
+        self._matrix = self._matrices.matrix("head", head)
+
+    def forward(self, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
+        """Logits [..., V]; with `targets_N`, log-probabilities [N] of `hidden` [N, D] instead."""
+        if targets_N is None:
+            return super().forward(hidden)
+        hidden, targets_N = hidden.contiguous(), targets_N.contiguous()
+        found_N = torch.empty(len(targets_N))
+        self._logprobs(
+            self._matrix,
+            hidden.data_ptr(),
+            targets_N.data_ptr(),
+            len(targets_N),
+            found_N.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return found_N
+
+
+@torch.no_grad()
+def compiled(model: AnyModel) -> AnyModel:
+    """A frozen model that compiled code computes from now on, where this machine can."""
+    kernels = kernels_for(model.model)
+    if kernels is not None:
+        model.model = CompiledTrunk(model.model, kernels)  # type: ignore[assignment]
+        if isinstance(model, Transformer):
+            model.lm_head = CompiledUnembedding(model.lm_head, kernels)
+    return model
 
 
 def _documents(segments_BT: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The compiled trunk against the model's own."""
+"""Compiled forward passes against the models' own."""
 
 import copy
 
@@ -7,11 +7,18 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
-from llama2.cpu import trunk as compiled
+from llama2.cpu import models
+from llama2.cpu.models import CompiledTrunk, CompiledUnembedding, compiled
 from llama2.cpu.step import kernels_for
-from llama2.cpu.trunk import CompiledTrunk, compile_trunk
 from llama2.lora import LoraConfig, apply_lora
-from llama2.model import ScalarModel, Transformer, Trunk, initialize, places_of
+from llama2.model import (
+    ScalarModel,
+    Transformer,
+    Trunk,
+    Unembedding,
+    initialize,
+    places_of,
+)
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
@@ -68,7 +75,7 @@ def assert_as_near(found_ND: Tensor, trunk: Trunk, arguments: tuple[Tensor | Non
 def test_documents_of_packed_rows(
     batch: tuple[Tensor, Tensor], together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiled, "TOKENS", together)
+    monkeypatch.setattr(models, "TOKENS", together)
     trunk = made().model
     found = compiled_of(trunk)(*batch)
     assert found.shape == (5, 160, 64)
@@ -98,8 +105,8 @@ def test_log_probabilities_and_scalars_of_frozen_models(batch: tuple[Tensor, Ten
     wanted_BT = targets_BT != -100
     expected_BT = scalar(*batch, wanted_BT)
     by_hand_BT = scalar(*batch, wanted_BT, trunk=compiled_of(scalar.model))
-    compile_trunk(model)
-    compile_trunk(scalar)
+    compiled(model)
+    compiled(scalar)
     assert isinstance(model.model, CompiledTrunk)
     assert (model(*batch, targets_BT) - expected).abs().mean() < 0.02
     found_BT = scalar(*batch, wanted_BT)
@@ -118,6 +125,31 @@ def test_new_weights_count_when_told(batch: tuple[Tensor, Tensor]) -> None:
     found.weights_changed()
     assert torch.equal(found(*batch), compiled_of(other)(*batch))
     assert not torch.equal(found(*batch), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("vocabulary", [7, 61, 1000, 32_000])
+@pytest.mark.parametrize("rows", [0, 1, 13, 300])
+def test_log_probabilities_of_targets(vocabulary: int, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    head = Unembedding(64, vocabulary, bias=False).bfloat16()
+    head.weight.normal_(0, 1, generator=generator)
+    kernels = kernels_for(made().model)
+    assert kernels is not None
+    hidden_ND = torch.randn((rows, 64), generator=generator).bfloat16()
+    targets_N = torch.randint(0, vocabulary, (rows,), generator=generator)
+    found_N = CompiledUnembedding(head, kernels)(hidden_ND, targets_N)
+    logits_NV = (hidden_ND.double() @ head.weight.double().T).bfloat16().double()
+    expected_N = logits_NV.log_softmax(-1).gather(1, targets_N[:, None])[:, 0]
+    # A logit that lies between two bfloat16 numbers may be rounded to either.
+    assert found_N.shape == (rows,)
+    if rows:
+        assert (found_N - expected_N).abs().max() < 0.26
+        assert (found_N - expected_N).abs().median() < 1e-3
+        hidden_ND[0, 0] = float("nan")
+        damaged_N = CompiledUnembedding(head, kernels)(hidden_ND, targets_N)
+        assert damaged_N[0].isnan()
+        assert torch.equal(damaged_N[1:], found_N[1:])
 
 
 def test_what_it_does_not_compute() -> None:

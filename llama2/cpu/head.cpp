@@ -1,0 +1,76 @@
+// Log-probabilities of given tokens, without ever writing the logits to memory.
+
+#include <cmath>
+#include <vector>
+
+#include "tile.hpp"
+
+namespace {
+
+// The logarithm of a sum of exponentials on the way, and the logit that is asked for.
+struct Sum {
+    __m512 most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();  // lane by lane
+    float picked = 0;
+
+    void add(__m512 logits) {
+        if (_mm512_cmp_ps_mask(logits, most, _CMP_GT_OQ)) {
+            const __m512 higher = _mm512_max_ps(most, logits);
+            sum = _mm512_mul_ps(sum, exponential(_mm512_sub_ps(most, higher)));
+            most = higher;
+        }
+        sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(logits, most)));
+    }
+
+    float logprob() const {
+        const float highest = _mm512_reduce_max_ps(most);
+        const __m512 scale = exponential(_mm512_sub_ps(most, _mm512_set1_ps(highest)));
+        return picked - highest - std::log(_mm512_reduce_add_ps(_mm512_mul_ps(sum, scale)));
+    }
+};
+
+void group(const Matrix& head, const Number* hidden, const int64_t* targets, int rows, float* found) {
+    const Blocks blocks(rows);
+    const int pairs = head.pairs;
+    std::vector<Pair> x(blocks.length(pairs));
+    for (int row = 0; row < rows; row++) {
+        const Pair* from = reinterpret_cast<const Pair*>(hidden) + (int64_t)row * pairs;
+        Pair* to = x.data() + blocks.place(row, pairs);
+        for (int k = 0; k < pairs; k++) to[(int64_t)k * blocks.size] = from[k];
+    }
+    std::vector<Sum> sums(rows);
+    for (int column = 0; column < head.outputs; column += PANEL) {
+        const Pair* w = head.panels + (int64_t)column * pairs;
+        for (int block = 0; block < blocks.count; block++) {
+            const Ahead ahead{w + (int64_t)(PANEL + block * LANES) * pairs, block < 2};
+            alignas(64) float logits[ROWS * PANEL];
+            TWO[blocks.rows_of(block) - 1](x.data() + (int64_t)block * blocks.size * pairs,
+                                           blocks.size, {w, PANEL, LANES}, pairs, logits, PANEL,
+                                           false, ahead, nullptr);
+            for (int r = 0; r < blocks.rows_of(block); r++) {
+                const int row = block * blocks.size + r;
+                for (int c = 0; c < PANEL; c += LANES) {
+                    const __m512 none = _mm512_set1_ps(-INFINITY);
+                    const __m512 own = rounded(_mm512_load_ps(logits + r * PANEL + c));
+                    sums[row].add(_mm512_mask_mov_ps(none, first(head.outputs - column - c), own));
+                    const int64_t lane = targets[row] - column - c;
+                    if (lane >= 0 && lane < LANES)
+                        sums[row].picked = _mm512_reduce_add_ps(
+                            _mm512_maskz_mov_ps((__mmask16)(1u << lane), own));
+                }
+            }
+        }
+    }
+    for (int row = 0; row < rows; row++) found[row] = sums[row].logprob();
+}
+
+}  // namespace
+
+// hidden [rows, 2 pairs]; writes the log-probability of each row's target.
+extern "C" void logprobs(const Matrix* head, const Number* hidden, const int64_t* targets, int rows,
+                         float* found, int threads) {
+    const int share = (rows + threads - 1) / threads, size = std::min(share, NEAR * ROWS);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int start = 0; start < rows; start += size)
+        group(*head, hidden + (int64_t)start * 2 * head->pairs, targets + start,
+              std::min(size, rows - start), found + start);
+}
