@@ -64,8 +64,8 @@ int invert(const Number* row, int vocabulary, float most, float temperature, dou
 
 }  // namespace
 
-// logits [rows, vocabulary]; temperature 0 takes the likeliest token. Writes a token of each row, and
-// the logarithm of the sum of e^logit, which is no number where a logit is none.
+// logits [rows, vocabulary]; temperature 0 takes the likeliest token. Writes a token of each row,
+// and the logarithm of the sum of e^logit, which is no number where a logit is none.
 extern "C" void draw(const Number* logits, int rows, int vocabulary, const float* uniforms,
                      const float* temperatures, int64_t* tokens, float* normalizers, int threads) {
 #pragma omp parallel num_threads(threads)

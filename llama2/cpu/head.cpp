@@ -28,7 +28,8 @@ struct Sum {
     }
 };
 
-void group(const Matrix& head, const Number* hidden, const int64_t* targets, int rows, float* found) {
+void group(const Matrix& head, const Number* hidden, const int64_t* targets, int rows,
+           float* found) {
     const Blocks blocks(rows);
     const int pairs = head.pairs;
     std::vector<Pair> x(blocks.length(pairs));

@@ -57,7 +57,7 @@ class CompiledTrunk(nn.Module):
         tokens = tokens_BT.numpy().reshape(-1)
         for part in _parts(documents):
             self._compute(tokens, part, asked, hidden)
-        found = hidden if len(asked) == len(places) else hidden[which]
+        found = hidden if np.array_equal(asked, places) else hidden[which]
         return found.view(*shape, width) if places_N is None else found
 
     def _compute(self, tokens: Array, documents: Array, asked: Array, hidden: Tensor) -> None:

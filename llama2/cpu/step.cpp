@@ -2,11 +2,12 @@
 // values in pages, in one call.
 //
 // Weights lie as panels of 32 outputs, keys as pairs of features by tokens, values as pairs of
-// tokens by features, inputs of products as blocks of rows. Numbers are rounded to bfloat16 where the
-// trainer rounds them.
+// tokens by features, inputs of products as blocks of rows. Numbers are rounded to bfloat16 where
+// the trainer rounds them.
 //
 // Shapes: N tokens, D model width, I feed-forward width, H query heads, G key/value heads, Q query
-// heads a key/value head, K head width, P tokens of a page, R tokens that are asked for, V vocabulary.
+// heads a key/value head, K head width, P tokens of a page, R tokens that are asked for, V
+// vocabulary.
 
 #include <omp.h>
 
@@ -64,7 +65,8 @@ struct Work {
     int32_t span, group, first, rows;
 };
 
-// What of a layer's attention is computed: for all tokens, or in the last layer for those that are asked for.
+// What of a layer's attention is computed: all, or in the last layer what tokens see that are asked
+// for.
 struct Attention {
     Blocks rows;                  // of what follows
     std::vector<int32_t> tokens;  // of each row
@@ -225,8 +227,8 @@ void Step::run() {
     }
 }
 
-// Hands over every row of x W^T + b, 32 columns at a time: take(row, its sums, first column). Called
-// by all threads, ends together.
+// Hands over every row of x W^T + b, 32 columns at a time: take(row, its sums, first column).
+// Called by all threads, ends together.
 template <class Take>
 void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take) {
     const int panels = (matrix.outputs + PANEL - 1) / PANEL, pairs = matrix.pairs;
@@ -265,8 +267,8 @@ void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x) {
     });
 }
 
-// The next product's input, 16 numbers at a time: read(row, first column). Threads share columns and
-// not rows, which lie between each other. Called by all threads, ends together.
+// The next product's input, 16 numbers at a time: read(row, first column). Threads share columns
+// and not rows, which lie between each other. Called by all threads, ends together.
 template <class Read>
 void Step::fill(const Blocks& into, int width, Read read) {
 #pragma omp for schedule(static)
@@ -278,7 +280,7 @@ void Step::fill(const Blocks& into, int width, Read read) {
         }
 }
 
-// One over the root mean square of each row. Every thread finds all: quicker than to wait for others.
+// One over the root mean square of each row. Every thread finds all: quicker than to wait.
 const std::vector<float>& Step::scales(int rows) const {
     room(inverses, rows);
     for (int row = 0; row < rows; row++) {
@@ -375,22 +377,22 @@ void Step::turn(Number* head, int position) const {
     }
 }
 
-// Has the keys and values that an attention will read brought closer, a share by each thread, as far
-// as the processor's last cache holds them until then.
+// Has the keys and values that an attention will read brought closer, a share by each thread, as
+// far as the processor's last cache holds them until then.
 void Step::announce(const Layer& layer) const {
     stream.clear();
     const int threads = omp_get_num_threads();
-    int64_t bytes = 0;
-    for (size_t w = omp_get_thread_num(); w < whole.work.size(); w += threads) {
+    int64_t room = CARRIED / threads;
+    for (size_t w = omp_get_thread_num(); w < whole.work.size() && room > 0; w += threads) {
         const Work& work = whole.work[w];
         const int end = batch.spans[work.span].past + batch.spans[work.span].length;
-        for (int start = 0; start < end && bytes < CARRIED / threads; start += PAGE) {
+        for (int start = 0; start < end; start += PAGE) {
             const int count = std::min(PAGE, end - start);
             const int64_t key_lines = (count + LANES - 1) / LANES * (K / 2);
             const int64_t value_lines = (count + 1) / 2 * (padded / LANES);
             stream.add(keys(layer, work, start), key_lines);
             stream.add(values(layer, work, start), value_lines);
-            bytes += 64 * (key_lines + value_lines);
+            room -= 64 * (key_lines + value_lines);
         }
     }
 }

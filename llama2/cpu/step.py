@@ -177,6 +177,7 @@ class Step:
     def weights_changed(self) -> None:
         """Compute with what the weights now are."""
         self._model = None
+        self._matrices.forget()
 
     def __call__(
         self, tokens_N: Array, spans: Array, pages: Array, asked_R: Array, output: Tensor
@@ -184,10 +185,13 @@ class Step:
         """Fill `output` with the logits [R, V], or without a head the hidden states [R, D], behind
         the tokens at places `asked_R`, which rise.
 
-        spans: of each, one behind the other in the batch, int32: its first token's place, how many
-        tokens of its row were computed before, how many are now, and where its row's pages begin
-        in `pages`.
+        spans: of each, one behind the other in the batch: its first token's place, how many tokens
+        of its row were computed before, how many are now, and where its row's pages begin in
+        `pages`. Raises `IndexError` for tokens outside the vocabulary.
         """
+        vocabulary = self._trunk.config.vocab_size
+        if len(tokens_N) and not 0 <= tokens_N.min() <= tokens_N.max() < vocabulary:
+            raise IndexError(f"There are tokens outside the vocabulary of {vocabulary}.")
         longest = int((spans[:, 1] + spans[:, 2]).max())
         if longest > len(self._cos):
             self._turn(longest)

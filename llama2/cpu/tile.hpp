@@ -1,6 +1,6 @@
-// The product that all others are made of: a few rows times a panel of columns, both stored as pairs
-// along the dimension that is summed over, which is what the instruction multiplies. A row's result
-// does not depend on the rows beside it, to the bit.
+// The product that all others are made of: a few rows times a panel of columns, both stored as
+// pairs along the dimension that is summed over, which is what the instruction multiplies. A row's
+// result does not depend on the rows beside it, to the bit.
 
 #pragma once
 
@@ -28,8 +28,8 @@ struct Ahead {
     int lines;
 };
 
-// Memory that is needed later, brought closer on the way, a line for each pair of a product: products
-// of many rows leave the memory idle.
+// Memory that is needed later, brought closer on the way, a line for each pair of a product:
+// products of many rows leave the memory idle.
 class Stream {
    public:
     void clear() {
@@ -102,7 +102,8 @@ inline void tiles(int rows, int vectors, const Pair* x, int x_stride, const Colu
     const auto some = [&](Tile tile, int count) {
         for (; vectors - done >= count; done += count)
             tile(x, x_stride, {w.at(0, done), w.pair, w.vector}, pairs, sums + done * LANES,
-                 sums_stride, add, {next + (int64_t)done * pairs * LANES, next ? count : 0}, nullptr);
+                 sums_stride, add, {next + (int64_t)done * pairs * LANES, next ? count : 0},
+                 nullptr);
     };
     if (rows == 1) {  // more sums, to hide how long each takes
         some(tile<1, 4>, 4);
@@ -117,7 +118,9 @@ struct Blocks {
     int rows, count, size;
 
     explicit Blocks(int rows)
-        : rows(rows), count((rows + ROWS - 1) / ROWS), size(count ? (rows + count - 1) / count : 0) {}
+        : rows(rows),
+          count((rows + ROWS - 1) / ROWS),
+          size(count ? (rows + count - 1) / count : 0) {}
 
     int rows_of(int block) const { return std::min(size, rows - block * size); }
     int64_t length(int pairs) const { return (int64_t)count * size * pairs; }
