@@ -423,12 +423,13 @@ void Step::mix(const Layer& layer, const Work& work, const Work* next) {
     float* score = room(scores, (int64_t)ROWS * (width + padded));
     float* mixed = score + (int64_t)ROWS * width;
     Pair* weight = room(weights, (int64_t)ROWS * std::max(width, K) / 2);
-    Pair* queries = weight;
-    for (int r = 0; r < rows; r++) {
+    const auto query = [&](int r) {
         const Number* numbers = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
-        const Pair* from = reinterpret_cast<const Pair*>(numbers);
-        for (int k = 0; k < K / 2; k++) queries[k * rows + r] = from[k];
-    }
+        return reinterpret_cast<const Pair*>(numbers);
+    };
+    for (int r = 0; r < rows && rows > 1; r++)
+        for (int k = 0; k < K / 2; k++) weight[k * rows + r] = query(r)[k];
+    const Pair* queries = rows > 1 ? weight : query(0);
     for (int start = 0; start < width; start += PAGE) {
         const Columns columns{keys(layer, work, start), LANES, K / 2 * LANES};
         tiles(rows, std::min(PAGE, width - start) / LANES, queries, rows, columns, K / 2,

@@ -132,6 +132,7 @@ struct Blocks {
 
 // Writes 16 numbers, or the first `count` of them, as pairs that are `stride` apart.
 inline void spread(Pair* to, int stride, __m512 x, int count = LANES) {
+    if (stride == 1 && count >= LANES) return store(reinterpret_cast<Number*>(to), x);
     alignas(64) Number numbers[LANES];
     store(numbers, x);
     const Pair* from = reinterpret_cast<const Pair*>(numbers);
