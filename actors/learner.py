@@ -169,8 +169,6 @@ class Learner:
         parts = [
             [rows[start : start + size] for start in range(0, len(rows), size)] for rows in samples
         ]
-        if self.value is not None:
-            self.value.weights_changed()
         observed = [[self._observed(rows, scoring) for rows in part] for part in parts]
         minibatches = [
             [with_reference(batch, rows) for batch, rows in zip(*both, strict=True)]

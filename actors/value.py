@@ -17,6 +17,7 @@ class Value:
         assert isinstance(engine.module, ScalarModel)
         self.engine, self.clip_range = engine, clip_range
         self._trunk = CompiledTrunk.of(engine.module.model)
+        self._seen = engine.updates
 
     @torch.no_grad()
     def values(self, batch: ExperienceBatch) -> Tensor:
@@ -26,13 +27,11 @@ class Value:
         if self._trunk is None:
             values_BT = self.engine(*asked)
         else:
+            if self._seen != self.engine.updates:
+                self._trunk.weights_changed()
+                self._seen = self.engine.updates
             values_BT = self.engine.module(*asked, trunk=self._trunk)
         return values_BT
-
-    def weights_changed(self) -> None:
-        """See the values of the weights as they now are."""
-        if self._trunk is not None:
-            self._trunk.weights_changed()
 
     def loss(self, batch: ExperienceBatch, total: int) -> Tensor:
         """This micro-batch's part of the loss of a minibatch with `total` answer tokens."""

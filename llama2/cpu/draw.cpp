@@ -18,10 +18,13 @@ __m512 logits_at(const Number* row, int start, int vocabulary) {
 
 float logit(const Number* row, int token) { return _mm512_cvtss_f32(widened(row + token, 1)); }
 
+// What logits are multiplied by; finite for the smallest temperatures too.
+__m512 sharpness(float temperature) { return _mm512_set1_ps(1 / std::max(temperature, 1e-30f)); }
+
 // Sums of e^((logit - most) / temperature) over each block of tokens, and their sum.
 double weigh(const Number* row, int vocabulary, float most, float temperature,
              std::vector<float>& blocks) {
-    const __m512 scale = _mm512_set1_ps(1 / temperature), top = _mm512_set1_ps(most);
+    const __m512 scale = sharpness(temperature), top = _mm512_set1_ps(most);
     double total = 0;
     blocks.clear();
     for (int start = 0; start < vocabulary; start += BLOCK) {
@@ -56,7 +59,7 @@ int invert(const Number* row, int vocabulary, float most, float temperature, dou
     for (int s = 0; s < BLOCK; s += LANES) {
         const __m512 below =
             _mm512_sub_ps(logits_at(row, start + s, vocabulary), _mm512_set1_ps(most));
-        const __m512 scale = _mm512_set1_ps(1 / temperature);
+        const __m512 scale = sharpness(temperature);
         _mm512_storeu_ps(weights + s, exponential(_mm512_mul_ps(below, scale)));
     }
     return start + search(weights, std::min(BLOCK, vocabulary - start), threshold);

@@ -26,15 +26,15 @@ def library(folder: Path) -> ctypes.CDLL:
     digest = hashlib.sha256(" ".join((*FLAGS, *platform.libc_ver())).encode())
     for path in sorted(folder.glob("*.[ch]pp")):
         digest.update(path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-ray"
-    path = cache / f"{folder.name}-{digest.hexdigest()[:16]}.so"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-ray"
+        path = cache / f"{folder.name}-{digest.hexdigest()[:16]}.so"
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
             _compile(sorted(folder.glob("*.cpp")), path)
         return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NotCompiled(f"{path} can be neither made nor loaded: {error}.") from error
+    except (OSError, RuntimeError) as error:  # the latter where there is no home
+        raise NotCompiled(f"The library can be neither made nor loaded: {error}.") from error
 
 
 def _compile(sources: list[Path], path: Path) -> None:
@@ -50,4 +50,6 @@ def _compile(sources: list[Path], path: Path) -> None:
             raise NotCompiled(
                 f"{compiler} refuses {sources[0].parent}: {ran.stderr[:2000].strip()}"
             )
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # a part of a library would end the process that loads it
         os.replace(made, path)

@@ -94,11 +94,18 @@ class CompiledUnembedding(Unembedding):
         self._matrix = self._matrices.matrix("head", head)
 
     def forward(self, hidden: Tensor, targets_N: Tensor | None = None) -> Tensor:
-        """Logits [..., V]; with `targets_N`, log-probabilities [N] of `hidden` [N, D] instead."""
+        """Logits [..., V]; with `targets_N`, log-probabilities [N] of `hidden` [N, D] instead.
+
+        Raises `IndexError` for targets outside the vocabulary.
+        """
         if targets_N is None:
             return super().forward(hidden)
+        if not len(targets_N):
+            return torch.empty(0, dtype=torch.float32)
+        if not 0 <= targets_N.min() <= targets_N.max() < self.out_features:
+            raise IndexError(f"There are targets outside the vocabulary of {self.out_features}.")
         hidden, targets_N = hidden.contiguous(), targets_N.contiguous()
-        found_N = torch.empty(len(targets_N))
+        found_N = torch.empty(len(targets_N), dtype=torch.float32)
         self._logprobs(
             self._matrix,
             hidden.data_ptr(),
@@ -131,6 +138,6 @@ def _documents(segments_BT: Array) -> Array:
 
 
 def _parts(documents: Array) -> list[Array]:
-    """Neighbours of at most `TOKENS` together, or one that is longer."""
+    """Neighbours, the last of which begins before `TOKENS` tokens."""
     before = np.cumsum(documents[:, 1]) - documents[:, 1]
     return [p for p in np.split(documents, np.flatnonzero(np.diff(before // TOKENS)) + 1) if len(p)]

@@ -77,15 +77,16 @@ def kernels_for(trunk: Trunk) -> Kernels | None:
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     if not fits or trunk.config.hidden_size % 2 or not _suits_processor():
         return None
-    whole = weight.shape == (
-        trunk.config.vocab_size,
-        trunk.config.hidden_size,
-    )  # not ZeRO 3's parts
-    plain = all(type(x) in (nn.Linear, SwiGLULinear) for x in _linears(trunk))  # without adapters
-    return _compiled() if whole and plain and trunk.sequence_parallel.degree == 1 else None
+    # ZeRO 3 leaves some weights or all empty here; adapters have products of their own.
+    whole = weight.shape == (trunk.config.vocab_size, trunk.config.hidden_size) and all(
+        type(x) in (nn.Linear, SwiGLULinear) and x.weight.shape == (x.out_features, x.in_features)
+        for x in _linears(trunk)
+    )
+    whole = whole and all(x.dtype == torch.bfloat16 for x in trunk.parameters())
+    return _compiled() if whole and trunk.sequence_parallel.degree == 1 else None
 
 
-def _linears(trunk: Trunk) -> list[nn.Module]:
+def _linears(trunk: Trunk) -> list[Any]:
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return [x for name, x in trunk.named_modules() if name.endswith(names)]
 
@@ -101,7 +102,9 @@ def _compiled() -> Kernels | None:
     try:
         found = library(Path(__file__).parent)
     except NotCompiled as reason:
-        logger.warning("Generation on this CPU is half as fast as it could be: %s", reason)
+        logger.warning(
+            "Forward passes on this CPU take up to twice as long as they could: %s", reason
+        )
         return None
     found.forward.argtypes = [POINTER(_Model), POINTER(_Batch)]
     found.draw.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 4, c_int]

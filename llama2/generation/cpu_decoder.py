@@ -78,7 +78,9 @@ class CpuDecoder:
             temperature_R = torch.ones(count)
         if rows.greedy_B is not None:
             temperature_R = temperature_R.masked_fill(rows.greedy_B, 0)
-        tokens_R, normalizer_R = torch.empty(count, dtype=torch.int64), torch.empty(count)
+        temperature_R, uniforms_R = (x.float().contiguous() for x in (temperature_R, uniforms_R))
+        tokens_R = torch.empty(count, dtype=torch.int64)
+        normalizer_R = torch.empty(count, dtype=torch.float32)
         self._draw(
             logits_RV.data_ptr(),
             count,

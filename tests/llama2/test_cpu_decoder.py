@@ -1,6 +1,7 @@
 """The compiled step against the model itself, and its draws against float64."""
 
 import copy
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -176,6 +177,10 @@ def test_draws_invert_the_distribution(vocabulary: int) -> None:
     temperatures = [(1.0, 0.0, 0.3, 2.0)[i % 4] for i in range(200)]
     rows = settings([Sampling(temperature=t) for t in temperatures], logits.device)
     tokens, logprobs = decoding.draw(logits, uniforms, rows)
+    whole = settings([Sampling(temperature=2)] * 200, logits.device)  # an integer
+    float_ = settings([Sampling(temperature=2.0)] * 200, logits.device)
+    drawn = [decoding.draw(logits, uniforms, each)[0] for each in (whole, float_)]
+    assert torch.equal(*drawn)
     wide = logits.double()
     torch.testing.assert_close(
         logprobs.double(), wide.log_softmax(-1).gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=0
@@ -225,7 +230,10 @@ def test_without_a_compiler_operators_do_it(
     assert "There is no C++ compiler" in caplog.text
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None or platform.machine() != "x86_64",
+    reason="there is no C++ compiler, or one for other processors",
+)
 def test_the_sources_compile() -> None:
     """Else all other tests of compiled code would be skipped."""
     library(Path(step.__file__).parent)

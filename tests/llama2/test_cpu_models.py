@@ -1,6 +1,7 @@
 """Compiled forward passes against the models' own."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,9 @@ def test_log_probabilities_of_targets(vocabulary: int, rows: int) -> None:
     # A logit that lies between two bfloat16 numbers may be rounded to either.
     assert found_N.shape == (rows,)
     if rows:
+        for wrong in (-100, vocabulary):
+            with pytest.raises(IndexError, match="targets outside the vocabulary"):
+                CompiledUnembedding(head, kernels)(hidden_ND, torch.full((rows,), wrong))
         assert (found_N - expected_N).abs().max() < 0.26
         assert (found_N - expected_N).abs().median() < 1e-3
         hidden_ND[0, 0] = float("nan")
@@ -167,6 +171,13 @@ def test_what_it_does_not_compute() -> None:
     adapted = made()
     apply_lora(adapted, LoraConfig(rank=2), seed=0)
     assert CompiledTrunk.of(adapted.model) is None
+    mixed = made().model
+    mixed.norm.float()
+    assert CompiledTrunk.of(mixed) is None
+    sharded = made().model
+    layer: Any = sharded.layers[1]
+    layer.mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(0, dtype=torch.bfloat16))
+    assert CompiledTrunk.of(sharded) is None
     part = made().model
     part.embed_tokens.weight = torch.nn.Parameter(torch.zeros(0, dtype=torch.bfloat16))
     assert CompiledTrunk.of(part) is None
