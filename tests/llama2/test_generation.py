@@ -11,7 +11,7 @@ from torch import Tensor
 from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
 from llama2.cpu.step import kernels_for
-from llama2.generation import Engine, Sampling, Token
+from llama2.generation import Engine, Sampling, Token, runner
 from llama2.generation.product import Product
 from llama2.generation.sampling import draw, settings
 from llama2.model import Transformer, initialize
@@ -85,7 +85,10 @@ def test_alternatives_are_the_likeliest_and_change_nothing(model: Transformer) -
             torch.testing.assert_close(told, best.values, atol=1e-4, rtol=0)
 
 
-def test_logprobs_agree_in_bfloat16() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_logprobs_agree_in_bfloat16(monkeypatch: pytest.MonkeyPatch, compiled: bool) -> None:
+    if not compiled:
+        monkeypatch.setattr(runner, "kernels_for", lambda trunk: None)
     config = replace(CONFIG, initializer_range=0.1)  # logits as spread as a trained model's
     model = Transformer(config)
     initialize(model, config, seed=3)

@@ -10,7 +10,7 @@ import torch
 
 from cluster.placement import fast_bfloat16
 from llama2.config import ModelConfig
-from llama2.generation import Completion, Engine, Sampling, Token, bag_cache
+from llama2.generation import Completion, Engine, Sampling, Token, bag_cache, runner
 from llama2.generation.bag_cache import BagCache
 from llama2.generation.request import Alternatives, Request
 from llama2.model import Transformer, initialize
@@ -192,10 +192,13 @@ def test_tokens_do_not_depend_on_the_schedule(
 
 
 @pytest.mark.skipif(not fast_bfloat16(), reason="other processors' products may round by size")
+@pytest.mark.parametrize("compiled", [True, False])
 def test_in_bfloat16_not_even_rounding_depends_on_the_schedule(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, compiled: bool
 ) -> None:
     monkeypatch.undo()  # pages of the usual size
+    if not compiled:
+        monkeypatch.setattr(runner, "kernels_for", lambda trunk: None)
     config = ModelConfig(  # of widths that are whole vectors, as real models' are
         vocab_size=61, hidden_size=128, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=400,
