@@ -77,7 +77,7 @@ class CompiledTrunk(nn.Module):
     def _with_room(self, pages: int) -> Step:
         if self._step is None or pages > self._pages:
             self._pages = max(pages, TOKENS // PAGE)
-            keys, values = room_for(self.trunk, self._pages)
+            keys, values = room_for(self.trunk.config, self._pages)
             layers = self.trunk.config.num_hidden_layers
             memory = [torch.empty(shape, dtype=torch.bfloat16) for shape in (keys, values)]
             self._step = Step(self.trunk, None, self._kernels, *[[m] * layers for m in memory])

@@ -74,6 +74,18 @@ struct Attention {
     std::vector<int32_t> early;  // tokens that are turned and kept before any work begins
 };
 
+// Takes a product as rows of `width` numbers, one behind the other.
+struct Rows {
+    Number* first_row;
+    int width;
+
+    void operator()(int row, const float* sums, int column) const {
+        Number* to = first_row + (int64_t)row * width + column;
+        for (int c = 0; c < PANEL; c += LANES)
+            store(to + c, _mm512_loadu_ps(sums + c), first(width - column - c));
+    }
+};
+
 class Step {
    public:
     Step(const Model& model, const Batch& batch);
@@ -83,6 +95,7 @@ class Step {
     Attention attention(const std::vector<int32_t>& tokens) const;
     void attend(const Layer& layer, const Attention& attention);
     void announce(const Layer& layer) const;
+    const Pair* part(const Pair* memory, int pairs, const Work& work, int start) const;
     const Pair* keys(const Layer& layer, const Work& work, int start) const;
     const Pair* values(const Layer& layer, const Work& work, int start) const;
     void mix(const Layer& layer, const Work& work, const Work* next);
@@ -177,12 +190,7 @@ void Step::run() {
             const Layer& layer = model.layers[l];
             const bool last = l == model.depth - 1;
             normalize(layer.attention_norm, whole.rows);
-            multiply(layer.qkv, whole.rows, input, [&](int row, const float* sums, int column) {
-                const int count = std::min(PANEL, qkv_width - column);
-                Number* to = qkv + (int64_t)row * qkv_width + column;
-                store(to, _mm512_loadu_ps(sums), first(count));
-                store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
-            });
+            multiply(layer.qkv, whole.rows, input, Rows{qkv, qkv_width});
             const Attention& attention = last ? asked : whole;
             attend(layer, attention);
             const Blocks& rows = attention.rows;
@@ -217,12 +225,7 @@ void Step::run() {
                           normal(row, d, inverse[row], model.norm), first(D - d));
         } else {
             normalize(model.norm, asked.rows);
-            multiply(model.head, asked.rows, input, [&](int row, const float* sums, int column) {
-                const int count = std::min(PANEL, model.head.outputs - column);
-                Number* to = batch.output + (int64_t)row * model.head.outputs + column;
-                store(to, _mm512_loadu_ps(sums), first(count));
-                store(to + LANES, _mm512_loadu_ps(sums + LANES), first(count - LANES));
-            });
+            multiply(model.head, asked.rows, input, Rows{batch.output, model.head.outputs});
         }
     }
 }
@@ -397,19 +400,21 @@ void Step::announce(const Layer& layer) const {
     }
 }
 
-// The keys that a work reads of the page with token `start` of its row; null beyond its end.
-const Pair* Step::keys(const Layer& layer, const Work& work, int start) const {
+// What a work reads of the page with token `start` of its row, of parts of so many pairs; null
+// beyond the row's end.
+const Pair* Step::part(const Pair* memory, int pairs, const Work& work, int start) const {
     const Span& span = batch.spans[work.span];
     if (span.past + span.length <= start) return nullptr;
     const int page = batch.pages[span.pages + start / PAGE];
-    return layer.keys + ((int64_t)page * G + work.group) * K / 2 * PAGE;
+    return memory + ((int64_t)page * G + work.group) * pairs;
+}
+
+const Pair* Step::keys(const Layer& layer, const Work& work, int start) const {
+    return part(layer.keys, K / 2 * PAGE, work, start);
 }
 
 const Pair* Step::values(const Layer& layer, const Work& work, int start) const {
-    const Span& span = batch.spans[work.span];
-    if (span.past + span.length <= start) return nullptr;
-    const int page = batch.pages[span.pages + start / PAGE];
-    return layer.values + ((int64_t)page * G + work.group) * padded / 2 * PAGE;
+    return part(layer.values, padded / 2 * PAGE, work, start);
 }
 
 // What the queries of `work` see, in their place.

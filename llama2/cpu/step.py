@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.config import ModelConfig
 from llama2.cpu.library import NotCompiled, library
 from llama2.model import FeedForward, Layer, Trunk
 from llama2.rope import inverse_frequencies, rotation
@@ -93,8 +94,8 @@ def _linears(trunk: Trunk) -> list[Any]:
 
 def _suits_processor() -> bool:
     # Tiles of AMX, which oneDNN uses, do several times as much as the instructions used here.
-    supported = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    return bool(supported)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
 
 
 @cache
@@ -113,9 +114,9 @@ def _compiled() -> Kernels | None:
     return Kernels(found.forward, found.draw, found.logprobs)
 
 
-def room_for(trunk: Trunk, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def room_for(config: ModelConfig, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shapes of the keys and values of a layer."""
-    groups, width = trunk.config.num_key_value_heads, trunk.config.head_width
+    groups, width = config.num_key_value_heads, config.head_width
     padded = -(-width // LANES) * LANES
     return (pages, groups, width // 2, PAGE, 2), (pages, groups, PAGE // 2, padded, 2)
 

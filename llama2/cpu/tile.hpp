@@ -97,7 +97,7 @@ const Tile ONE[ROWS] = {tile<1, 1>,  tile<2, 1>,  tile<3, 1>,  tile<4, 1>, tile<
 
 // The same for any number of vectors. next: so much memory as w's is brought closer, or null.
 inline void tiles(int rows, int vectors, const Pair* x, int x_stride, const Columns& w, int pairs,
-           float* sums, int sums_stride, bool add, const Pair* next) {
+                  float* sums, int sums_stride, bool add, const Pair* next) {
     int done = 0;
     const auto some = [&](Tile tile, int count) {
         for (; vectors - done >= count; done += count)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
-from llama2.cpu.step import LANES, PAGE, Array, Kernels, Step
+from llama2.cpu.step import PAGE, Array, Kernels, Step, room_for
 from llama2.generation.bag_cache import zeros
 from llama2.generation.decoder import Span
 from llama2.generation.sampling import Settings, draw
@@ -27,12 +27,10 @@ class TileCache:
         self, config: ModelConfig, pages: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         assert (dtype, device.type) == (torch.bfloat16, "cpu")
-        layers, groups = config.num_hidden_layers, config.num_key_value_heads
-        width = config.head_width
-        padded = -(-width // LANES) * LANES
-        keys = (layers, pages, groups, width // 2, PAGE, 2)
-        values = (layers, pages, groups, PAGE // 2, padded, 2)
-        self.keys, self.values = zeros(keys, torch.bfloat16), zeros(values, torch.bfloat16)
+        layers = config.num_hidden_layers
+        self.keys, self.values = (
+            zeros((layers, *shape), dtype) for shape in room_for(config, pages)
+        )
 
     def take_memory(self) -> None:
         """Touch all pages now, which costs as much as writing them, instead of one by one."""

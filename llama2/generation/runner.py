@@ -85,9 +85,10 @@ class Runner:
         if cache_tokens and not isinstance(cache, VarlenCache):
             cache.take_memory()  # what was asked for is there; a default is taken as needed
         self._decoding: Decoding
-        if kernels is not None and isinstance(cache, TileCache):
+        if isinstance(cache, TileCache):
+            assert kernels is not None
             self._decoding = CpuDecoder(model, cache, kernels)
-        elif not isinstance(cache, TileCache):
+        else:
             self._decoding = _Operators(model, cache)
 
     def weights_changed(self) -> None:
