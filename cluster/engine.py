@@ -20,7 +20,7 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from cluster import fragments
+from cluster import fragments, gradients
 from cluster.fragments import Fragment
 
 
@@ -132,7 +132,10 @@ class Engine:
         )
         # Without ZeRO, `step` reduces and clips itself; DeepSpeed's optimizer for bfloat16 would
         # copy all gradients to a reduction with nobody.
-        alone = self.world_size == 1 and hasattr(self._engine.optimizer, "bf16_groups")
+        has_buffers = hasattr(self._engine.optimizer, "bf16_groups")
+        if has_buffers:
+            gradients.gather_at_once(self._engine.optimizer)
+        alone = self.world_size == 1 and has_buffers
         self._engine.enable_backward_allreduce = config.zero_stage > 0 and not alone
         self.updates = 0
         """Steps made: the position in the schedule."""

@@ -13,14 +13,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.cpu import operators
+
 BLOCK = 128  # queries; more compute more of the future, fewer make small products
 ROUND = 8  # a block's length is a multiple of it
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(K)) value over the tokens not later, [B, T, H, K] each."""
-    mixed_BTHK: Tensor = _CausalAttention.apply(query, key, value)
+    if operators.fits(query, key, value):
+        mixed_BTHK: Tensor = _CompiledAttention.apply(query, key, value)
+        return mixed_BTHK
+    mixed_BTHK = _CausalAttention.apply(query, key, value)
     return mixed_BTHK
+
+
+class _CompiledAttention(torch.autograd.Function):
+    """Weights are computed again by the backward pass, which costs less than memory for them."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        mixed, logs_BHT = operators.attend(query, key, value)
+        ctx.save_for_backward(query, key, value, mixed, logs_BHT)
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return operators.attend_back(*ctx.saved_tensors, gradients[0])
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama2.cpu import operators
+
 KEPT_BYTES = 1 << 29
 """Most that the forward pass keeps for the backward pass, in bytes; beyond it is computed again."""
 CHUNK_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 25}
@@ -73,6 +75,8 @@ class _SelectedLogProbs(torch.autograd.Function):
 def _log_probs(logits_NV: Tensor, targets_N: Tensor, becomes_error: bool = False) -> Tensor:
     """The targets' log-probabilities [N]. With `becomes_error` softmax - onehot takes the place of
     the logits."""
+    if operators.fits(logits_NV):
+        return operators.softmax(logits_NV, targets_N, becomes_error)
     tokens, vocabulary = logits_NV.shape
     size = max(1, WIDE_LOGITS[logits_NV.device.type] // vocabulary)
     wide_NV = logits_NV.new_empty(min(size, tokens), vocabulary, dtype=torch.float32)

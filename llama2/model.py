@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llama2.attention import Attention, Layout, at, positions_in_segments
 from llama2.config import ModelConfig
+from llama2.cpu import operators
 from llama2.documents import Documents
 from llama2.log_probs import selected_log_probs
 from llama2.losses import IGNORE
@@ -27,6 +28,10 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale_D: Tensor, eps: float) -> Tensor:
+        if operators.fits(x, scale_D):
+            normal, inverse = operators.normalize(x, scale_D, eps)
+            ctx.save_for_backward(x, inverse, scale_D)
+            return normal
         wide = _wide_copy(x)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -36,6 +41,8 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, inverse, scale_D = ctx.saved_tensors
+        if operators.fits(x, scale_D):
+            return *operators.normalize_back(x, inverse, scale_D, gradients[0]), None
         gradient, scale = gradients[0].float(), scale_D.float()
         normal = x.to(torch.float32, copy=True).mul_(inverse)
         product = gradient * normal

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig, RopeScaling
+from llama2.cpu import operators
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
@@ -58,6 +59,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    if operators.fits(x_BTHK, cos, sin):
+        return operators.turn(x_BTHK, cos, sin, direction)
     first, second = x_BTHK.chunk(2, dim=-1)
     swapped = torch.cat((second, first), dim=-1).flatten(2)
     return (x_BTHK.flatten(2) * cos).addcmul_(swapped, sin, value=direction).view(x_BTHK.shape)

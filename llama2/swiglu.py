@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama2.cpu import operators
+
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, in the shape of both."""
@@ -30,12 +32,13 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _mixed(gate, up)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return _gradients(gradients[0], gate, up, F.silu(gate))
+        grad_gate, grad_up, _ = _gradients(gradients[0], gate, up)
+        return grad_gate, grad_up
 
 
 class _SwiGLULinear(torch.autograd.Function):
@@ -44,25 +47,30 @@ class _SwiGLULinear(torch.autograd.Function):
         ctx: Any, gate: Tensor, up: Tensor, weight_OI: Tensor, bias_O: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(gate, up, weight_OI)
-        return F.linear(F.silu(gate).mul_(up), weight_OI, bias_O)
+        return F.linear(_mixed(gate, up), weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight_OI = ctx.saved_tensors
-        gradient, activated = gradients[0], F.silu(gate)
+        gradient = gradients[0]
+        grad_gate, grad_up, mixed = _gradients(gradient @ weight_OI, gate, up)
         flat_NO = gradient.flatten(0, -2)
         grad_weight = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_weight = flat_NO.T @ (activated * up).flatten(0, -2)
+            grad_weight = flat_NO.T @ mixed.flatten(0, -2)
         if ctx.needs_input_grad[3]:
             grad_bias = flat_NO.sum(0)
-        grad_gate, grad_up = _gradients(gradient @ weight_OI, gate, up, activated)
         return grad_gate, grad_up, grad_weight, grad_bias
 
 
-def _gradients(
-    gradient: Tensor, gate: Tensor, up: Tensor, activated: Tensor
-) -> tuple[Tensor, Tensor]:
-    """By gate and up. Overwrites `activated`, silu(gate)."""
+def _mixed(gate: Tensor, up: Tensor) -> Tensor:
+    return operators.swiglu(gate, up) if operators.fits(gate, up) else F.silu(gate).mul_(up)
+
+
+def _gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By gate and up; and silu(gate) * up again."""
+    if operators.fits(gradient, gate, up):
+        return operators.swiglu_back(gate, up, gradient)
+    activated = F.silu(gate)
     grad_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
-    return grad_gate, activated.mul_(gradient)
+    return grad_gate, activated * gradient, activated.mul_(up)

@@ -1,32 +1,11 @@
 // Log-probabilities of given tokens, without ever writing the logits to memory.
 
-#include <cmath>
 #include <vector>
 
+#include "softmax.hpp"
 #include "tile.hpp"
 
 namespace {
-
-// The logarithm of a sum of exponentials on the way, and the logit that is asked for.
-struct Sum {
-    __m512 most = _mm512_set1_ps(-1e30f), sum = _mm512_setzero_ps();  // lane by lane
-    float picked = 0;
-
-    void add(__m512 logits) {
-        if (_mm512_cmp_ps_mask(logits, most, _CMP_GT_OQ)) {
-            const __m512 higher = _mm512_max_ps(most, logits);
-            sum = _mm512_mul_ps(sum, exponential(_mm512_sub_ps(most, higher)));
-            most = higher;
-        }
-        sum = _mm512_add_ps(sum, exponential(_mm512_sub_ps(logits, most)));
-    }
-
-    float logprob() const {
-        const float highest = _mm512_reduce_max_ps(most);
-        const __m512 scale = exponential(_mm512_sub_ps(most, _mm512_set1_ps(highest)));
-        return picked - highest - std::log(_mm512_reduce_add_ps(_mm512_mul_ps(sum, scale)));
-    }
-};
 
 void group(const Matrix& head, const Number* hidden, const int64_t* targets, int rows,
            float* found) {
@@ -39,6 +18,7 @@ void group(const Matrix& head, const Number* hidden, const int64_t* targets, int
         for (int k = 0; k < pairs; k++) to[(int64_t)k * blocks.size] = from[k];
     }
     std::vector<Sum> sums(rows);
+    std::vector<float> picked(rows);
     for (int column = 0; column < head.outputs; column += PANEL) {
         const Pair* w = head.panels + (int64_t)column * pairs;
         for (int block = 0; block < blocks.count; block++) {
@@ -50,18 +30,17 @@ void group(const Matrix& head, const Number* hidden, const int64_t* targets, int
             for (int r = 0; r < blocks.rows_of(block); r++) {
                 const int row = block * blocks.size + r;
                 for (int c = 0; c < PANEL; c += LANES) {
-                    const __m512 none = _mm512_set1_ps(-INFINITY);
                     const __m512 own = rounded(_mm512_load_ps(logits + r * PANEL + c));
-                    sums[row].add(_mm512_mask_mov_ps(none, first(head.outputs - column - c), own));
+                    sums[row].add(own, first(head.outputs - column - c));
                     const int64_t lane = targets[row] - column - c;
                     if (lane >= 0 && lane < LANES)
-                        sums[row].picked = _mm512_reduce_add_ps(
+                        picked[row] = _mm512_reduce_add_ps(
                             _mm512_maskz_mov_ps((__mmask16)(1u << lane), own));
                 }
             }
         }
     }
-    for (int row = 0; row < rows; row++) found[row] = sums[row].logprob();
+    for (int row = 0; row < rows; row++) found[row] = picked[row] - sums[row].log();
 }
 
 }  // namespace

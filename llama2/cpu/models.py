@@ -3,13 +3,15 @@
 Shapes: B batch, T tokens, D model width, N tokens that are asked for.
 """
 
+import ctypes
+from ctypes import byref
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llama2.cpu.step import PAGE, Array, Kernels, Matrices, Step, kernels_for, room_for
+from llama2.cpu.step import PAGE, Array, Matrices, Step, kernels_for, room_for
 from llama2.model import ScalarModel, Transformer, Trunk, Unembedding
 
 AnyModel = TypeVar("AnyModel", Transformer, ScalarModel)
@@ -22,7 +24,7 @@ stays in a processor's caches."""
 class CompiledTrunk(nn.Module):
     """Does what `trunk` does, without a gradient. kernels: what `kernels_for` gave for it."""
 
-    def __init__(self, trunk: Trunk, kernels: Kernels) -> None:
+    def __init__(self, trunk: Trunk, kernels: ctypes.CDLL) -> None:
         super().__init__()
         self.trunk, self._kernels = trunk, kernels
         self._pages = 0
@@ -87,7 +89,7 @@ class CompiledTrunk(nn.Module):
 class CompiledUnembedding(Unembedding):
     """The head of a frozen model, of its weight."""
 
-    def __init__(self, head: nn.Linear, kernels: Kernels) -> None:
+    def __init__(self, head: nn.Linear, kernels: ctypes.CDLL) -> None:
         super().__init__(head.in_features, head.out_features, bias=False, device="meta")
         self.weight, self._logprobs = head.weight, kernels.logprobs
         self._matrices = Matrices()
@@ -107,7 +109,7 @@ class CompiledUnembedding(Unembedding):
         hidden, targets_N = hidden.contiguous(), targets_N.contiguous()
         found_N = torch.empty(len(targets_N), dtype=torch.float32)
         self._logprobs(
-            self._matrix,
+            byref(self._matrix),
             hidden.data_ptr(),
             targets_N.data_ptr(),
             len(targets_N),

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 
 using Number = uint16_t;  // a bfloat16
 
@@ -19,6 +20,13 @@ inline __mmask16 first(int count) {
 inline __m512 widened(const Number* from, __mmask16 mask = 0xFFFF) {
     const __m256i numbers = _mm256_maskz_loadu_epi16(mask, from);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+inline float widened(Number x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
 }
 
 inline __m256i narrowed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }

@@ -4,12 +4,10 @@ Shapes: N tokens, O outputs and I inputs of a matrix, R tokens that are asked fo
 V vocabulary.
 """
 
-import logging
-from collections.abc import Callable, Sequence
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_void_p
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama2.config import ModelConfig
-from llama2.cpu.library import NotCompiled, library
+from llama2.cpu.kernels import kernels
 from llama2.model import FeedForward, Layer, Trunk
 from llama2.rope import inverse_frequencies, rotation
 from llama2.swiglu import SwiGLULinear
@@ -27,8 +25,6 @@ PANEL = 32
 LANES = 16
 
 Array = np.ndarray[Any, Any]
-
-logger = logging.getLogger(__name__)
 
 
 class Matrix(Structure):
@@ -64,19 +60,11 @@ class _Batch(Structure):
     ]
 
 
-class Kernels(NamedTuple):
-    """Compiled functions."""
-
-    forward: Callable[..., None]
-    draw: Callable[..., None]
-    logprobs: Callable[..., None]
-
-
-def kernels_for(trunk: Trunk) -> Kernels | None:
-    """The compiled functions, where this processor runs them and `trunk` is one for them."""
+def kernels_for(trunk: Trunk) -> ctypes.CDLL | None:
+    """The compiled functions, where this machine runs them and `trunk` is one for them."""
     weight = trunk.embed_tokens.weight
     fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if not fits or trunk.config.hidden_size % 2 or not _suits_processor():
+    if not fits or trunk.config.hidden_size % 2:
         return None
     # ZeRO 3 leaves some weights or all empty here; adapters have products of their own.
     whole = weight.shape == (trunk.config.vocab_size, trunk.config.hidden_size) and all(
@@ -84,34 +72,12 @@ def kernels_for(trunk: Trunk) -> Kernels | None:
         for x in _linears(trunk)
     )
     whole = whole and all(x.dtype == torch.bfloat16 for x in trunk.parameters())
-    return _compiled() if whole and trunk.sequence_parallel.degree == 1 else None
+    return kernels() if whole and trunk.sequence_parallel.degree == 1 else None
 
 
 def _linears(trunk: Trunk) -> list[Any]:
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     return [x for name, x in trunk.named_modules() if name.endswith(names)]
-
-
-def _suits_processor() -> bool:
-    # Tiles of AMX, which oneDNN uses, do several times as much as the instructions used here.
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16")) and not found.get("amx_tile")
-
-
-@cache
-def _compiled() -> Kernels | None:
-    try:
-        found = library(Path(__file__).parent)
-    except NotCompiled as reason:
-        logger.warning(
-            "Forward passes on this CPU take up to twice as long as they could: %s", reason
-        )
-        return None
-    found.forward.argtypes = [POINTER(_Model), POINTER(_Batch)]
-    found.draw.argtypes = [c_void_p, c_int, c_int, *[c_void_p] * 4, c_int]
-    found.logprobs.argtypes = [POINTER(Matrix), c_void_p, c_void_p, c_int, c_void_p, c_int]
-    found.forward.restype = found.draw.restype = found.logprobs.restype = None
-    return Kernels(found.forward, found.draw, found.logprobs)
 
 
 def room_for(config: ModelConfig, pages: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -168,7 +134,7 @@ class Step:
         self,
         trunk: Trunk,
         head: nn.Linear | None,
-        kernels: Kernels,
+        kernels: ctypes.CDLL,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> None:
@@ -216,7 +182,7 @@ class Step:
             len(asked_R),
             torch.get_num_threads(),
         )
-        self._kernels.forward(self._model, batch)
+        self._kernels.forward(byref(self._model), byref(batch))
 
     def _turn(self, length: int) -> None:
         positions = torch.arange(length)[None]

@@ -4,6 +4,7 @@ Shapes: R rows that draw, V vocabulary.
 """
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from itertools import chain
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig
-from llama2.cpu.step import PAGE, Array, Kernels, Step, room_for
+from llama2.cpu.step import PAGE, Array, Step, room_for
 from llama2.generation.bag_cache import zeros
 from llama2.generation.decoder import Span
 from llama2.generation.sampling import Settings, draw
@@ -50,7 +51,7 @@ class CpuDecoder:
     once `weights_changed` was called.
     """
 
-    def __init__(self, model: Transformer, cache: TileCache, kernels: Kernels) -> None:
+    def __init__(self, model: Transformer, cache: TileCache, kernels: CDLL) -> None:
         self._vocabulary, self._draw = model.config.vocab_size, kernels.draw
         layers = [list(memory) for memory in (cache.keys, cache.values)]
         self._step = Step(model.model, model.lm_head, kernels, *layers)
