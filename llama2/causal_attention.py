@@ -39,7 +39,8 @@ class _CompiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return operators.attend_back(*ctx.saved_tensors, gradients[0])
+        query, key, value, mixed, logs_BHT = ctx.saved_tensors
+        return operators.attend_back(query, key, value, mixed, logs_BHT, gradients[0])
 
 
 class _CausalAttention(torch.autograd.Function):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llama2 import causal_attention as module
 from llama2.causal_attention import causal_attention
+from llama2.cpu import operators
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 31])
@@ -24,7 +25,12 @@ def test_it_is_that_of_the_fused_kernel(
     torch.testing.assert_close(torch.autograd.grad(found, inputs, upstream), expected)
 
 
-def test_bfloat16_loses_no_more_than_its_rounding() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_loses_no_more_than_its_rounding(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(operators, "fits", lambda *tensors: False)
     torch.manual_seed(0)
     inputs = [torch.randn(2, 200, 3, 16).bfloat16().requires_grad_() for _ in range(3)]
     upstream = torch.randn(2, 200, 3, 16).bfloat16()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llama2.config import ModelConfig, RopeScaling
-from llama2.cpu import step
+from llama2.cpu import kernels, step
 from llama2.cpu.library import NotCompiled, library
 from llama2.cpu.step import kernels_for
 from llama2.generation import Engine, Sampling
@@ -219,13 +219,13 @@ def test_without_a_compiler_operators_do_it(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr(step, "_suits_processor", lambda: True)
-    step._compiled.cache_clear()
+    monkeypatch.setattr(kernels, "_suits_processor", lambda: True)
+    kernels.kernels.cache_clear()
     try:
         engine = Engine(made(CONFIG))
         completions = engine.generate([[1, 5, 9]], Sampling(max_new_tokens=5, stop_ids=()))
     finally:
-        step._compiled.cache_clear()
+        kernels.kernels.cache_clear()
     assert len(completions[0].tokens) == 5
     assert "There is no C++ compiler" in caplog.text
 

@@ -1,0 +1,34 @@
+"""Gradients reach DeepSpeed's float32 buffers as they are."""
+
+import pytest
+import torch
+import torch.distributed
+from torch import nn
+
+from cluster.engine import Engine, EngineConfig
+from tests.cluster.gloo import run_group
+
+
+def worker() -> None:
+    world = torch.distributed.get_world_size()
+    engine = Engine(nn.Linear(1, 1, bias=False), EngineConfig(precision="bfloat16"), lambda _: 0.0)
+    weight = engine.module.weight
+
+    def add(*factors: float) -> None:
+        for factor in factors:
+            engine.backward((factor * weight).sum())
+            assert weight.grad is None
+
+    # In bfloat16, which DeepSpeed reduces over ranks in, 1 + 2^-9 would be 1.
+    small = 2**-9 if world == 1 else 2**-7
+    add(1.0, small)
+    engine.discard()
+    add(4.0)
+    assert engine.step()["grad_norm"] == 4 * world
+    add(1.0, small)
+    assert engine.step()["grad_norm"] == pytest.approx((1 + small) * world, rel=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_micro_batches_add_up_in_float32_and_nothing_stays_behind(world: int) -> None:
+    run_group(world, worker)

@@ -1,0 +1,169 @@
+"""Compiled operators of a training step against the same in float64, and torch's in bfloat16."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama2.causal_attention import causal_attention
+from llama2.cpu import operators
+from llama2.cpu.kernels import kernels
+from llama2.log_probs import selected_log_probs
+from llama2.model import RMSNorm
+from llama2.rope import rotate, rotation
+from llama2.swiglu import swiglu
+
+pytestmark = pytest.mark.skipif(
+    kernels() is None, reason="this processor or machine has no compiled operators"
+)
+
+Function = Callable[..., Tensor]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape).bfloat16().requires_grad_()
+
+
+def results(function: Function, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """What it gives, and the gradients by its inputs."""
+    found = function(*inputs)
+    return [found, *torch.autograd.grad(found, inputs, upstream.to(found.dtype))]
+
+
+def check(function: Function, plain: Function, inputs: list[Tensor], error: float = 0.006) -> None:
+    """`function` is as near to `plain` in float64 as to be expected, and nearly as near, or nearer,
+    as torch's operators; it does not depend on the number of threads."""
+    upstream = torch.randn(plain(*inputs).shape).bfloat16()
+    assert operators.fits(*inputs)
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = results(plain, wide, upstream)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(results(function, inputs, upstream))
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*found, strict=True):
+        assert torch.equal(one, three)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "fits", lambda *tensors: False)
+        others = results(function, inputs, upstream)
+    for mine, theirs, right in zip(found[0], others, exact, strict=True):
+        off, away = ((x.double() - right).norm() for x in (mine, theirs))
+        assert off <= max(error * right.norm(), 1.3 * away) + 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (3, 34), (200, 48), (2, 65, 31)])
+def test_normalisation(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    eps = 1e-5
+
+    def normalized(x: Tensor, scale: Tensor) -> Tensor:
+        norm = RMSNorm(shape[-1], eps)
+        del norm.weight
+        norm.weight = scale  # type: ignore[assignment]
+        return norm(x)
+
+    def plain(x: Tensor, scale: Tensor) -> Tensor:
+        return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * scale
+
+    check(normalized, plain, [random(*shape), random(shape[-1])])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (3, 40, 129)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    check(swiglu, lambda gate, up: F.silu(gate) * up, [random(*shape), random(*shape)])
+
+
+def test_swiglu_of_numbers_whose_exponential_overflows() -> None:
+    gate = torch.tensor([-300.0, -95.0, 0.0, 95.0, 300.0]).bfloat16()
+    assert swiglu(gate, torch.ones_like(gate)).tolist() == F.silu(gate).tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("heads", "width"), [(1, 2), (3, 48), (2, 18)])
+def test_turning(heads: int, width: int, rows: int) -> None:
+    """Fewer heads than the table has; one table for all rows, and a table each."""
+    torch.manual_seed(0)
+    positions = torch.randint(0, 90, (rows, 7))
+    frequencies = 10_000.0 ** (-torch.arange(width // 2) / (width / 2))
+    cos, sin = rotation(positions, frequencies, heads + 1, torch.bfloat16)
+
+    def turned(x: Tensor) -> Tensor:
+        return rotate(x, cos.to(x.dtype), sin.to(x.dtype))
+
+    check(turned, turned, [random(3, 7, heads, width)])
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 2), (2, 37, 3, 34), (3, 14, 2, 48), (1, 57, 2, 16), (2, 200, 1, 64)]
+)
+def test_attention(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+
+    def plain(*inputs: Tensor) -> Tensor:
+        rows = (x.transpose(1, 2) for x in inputs)
+        return F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
+
+    check(causal_attention, plain, [random(*shape) for _ in range(3)])
+
+
+def test_attention_sees_nothing_of_later_tokens() -> None:
+    torch.manual_seed(0)
+    inputs = [random(2, 60, 2, 8).detach() for _ in range(3)]
+    before = causal_attention(*inputs)
+    for x in inputs:
+        x[:, 41:] = 1000 * torch.randn(2, 19, 2, 8)
+    assert torch.equal(causal_attention(*inputs)[:, :41], before[:, :41])
+
+
+@pytest.mark.parametrize(("tokens", "vocabulary"), [(1, 1), (9, 31), (20, 1000)])
+def test_log_probabilities(tokens: int, vocabulary: int) -> None:
+    torch.manual_seed(0)
+    targets = torch.randint(vocabulary, (tokens,))
+
+    def plain(hidden: Tensor, weight: Tensor) -> Tensor:
+        return -F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+
+    hidden, weight = random(tokens, 12), random(vocabulary, 12)
+    check(lambda h, w: selected_log_probs(h, w, targets), plain, [hidden, weight], 0.02)
+
+
+def test_a_most_improbable_token_keeps_its_log_probability() -> None:
+    hidden = torch.tensor([[1.0, 0.0]]).bfloat16()
+    weight = torch.tensor([[200.0, 0.0], [0.0, 1.0]]).bfloat16()
+    assert selected_log_probs(hidden, weight, torch.tensor([1])).item() == -200.0
+
+
+def test_targets_outside_of_the_vocabulary_are_refused() -> None:
+    hidden, weight = random(2, 4), random(7, 4)
+    for target in (-1, 7):
+        with pytest.raises(IndexError, match="outside the vocabulary of 7"):
+            selected_log_probs(hidden, weight, torch.tensor([0, target]))
+
+
+def test_what_is_no_number_stays_none() -> None:
+    """A gradient that is not finite must be seen, not lost."""
+    nothing = torch.full((1, 20, 1, 16), float("nan")).bfloat16()
+    assert causal_attention(nothing, nothing, nothing).isnan().all()
+    assert swiglu(nothing, nothing).isnan().all()
+    assert RMSNorm(16, 1e-5).bfloat16()(nothing).isnan().all()
+    hidden = torch.full((1, 16), float("nan")).bfloat16()
+    assert selected_log_probs(hidden, random(7, 16), torch.tensor([1])).isnan().all()
+
+
+def test_inputs_and_gradients_may_lie_anyhow() -> None:
+    torch.manual_seed(0)
+    wide, upstream = random(3, 5, 9), torch.randn(5, 9, 2).bfloat16()
+    for x in (wide.permute(1, 2, 0)[..., 1:], wide.permute(2, 1, 0)[:5, :, 1:].transpose(0, 1)):
+        far, near = (y.detach().requires_grad_() for y in (x, x.contiguous()))
+        grad = upstream[: far.shape[0], : far.shape[1]].transpose(0, 1).contiguous().transpose(0, 1)
+        found = results(swiglu, [far, far], grad)
+        expected = results(swiglu, [near, near], grad.contiguous())
+        for mine, theirs in zip(found, expected, strict=True):
+            assert torch.equal(mine, theirs)
