@@ -157,7 +157,10 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of `loss`, this rank's and micro-batch's part of the global loss."""
+        """Add the gradient of `loss`, this rank's and micro-batch's part of the global loss.
+
+        After an exception a part of it may have been added: `discard`.
+        """
         self._engine.backward(loss * self.world_size, scale_wrt_gas=False)  # DeepSpeed averages
 
     def step(self) -> dict[str, float]:

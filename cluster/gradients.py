@@ -7,16 +7,19 @@ from torch import nn
 
 
 def gather_at_once(optimizer: Any) -> None:
-    """Move each gradient into the buffer of `optimizer`, DeepSpeed's for ZeRO 1 in bfloat16, as
-    soon as it is complete.
+    """Move each gradient into the buffer of `optimizer`, DeepSpeed's for ZeRO 1 in bfloat16 without
+    offloading, as soon as it is complete, and give its memory to the next one.
 
-    By itself DeepSpeed would zero all gradients before a backward pass, add to them, and afterwards
-    widen each into new memory and add that to a buffer of zeros. Here the first one is copied, and
-    the next parameter's takes its memory.
+    By default DeepSpeed would zero all gradients before a backward pass, add to them, and
+    afterwards widen each into new memory and add that to a buffer of zeros. Its
+    `immediate_grad_update`, which must be off, frees them at once as well, but widens and adds.
     """
     for group, parameters in enumerate(optimizer.bf16_groups):
         for place, parameter in enumerate(parameters):
-            parameter.register_post_accumulate_grad_hook(partial(_move, optimizer, group, place))
+            move = partial(_move, optimizer, group, place)
+            hook = parameter.register_post_accumulate_grad_hook(move)
+            # `destroy` removes these: parameter and optimizer would keep each other alive.
+            optimizer._grad_acc_hooks.append(hook)
 
 
 def _move(optimizer: Any, group: int, place: int, parameter: nn.Parameter) -> None:

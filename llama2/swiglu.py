@@ -37,7 +37,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        grad_gate, grad_up, _ = _gradients(gradients[0], gate, up)
+        grad_gate, grad_up, _ = _gradients(gradients[0], gate, up, wants_mixed=False)
         return grad_gate, grad_up
 
 
@@ -53,11 +53,11 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight_OI = ctx.saved_tensors
         gradient = gradients[0]
-        grad_gate, grad_up, mixed = _gradients(gradient @ weight_OI, gate, up)
+        learns = ctx.needs_input_grad[2]
+        grad_gate, grad_up, mixed = _gradients(gradient @ weight_OI, gate, up, learns)
         flat_NO = gradient.flatten(0, -2)
-        grad_weight = grad_bias = None
-        if ctx.needs_input_grad[2]:
-            grad_weight = flat_NO.T @ mixed.flatten(0, -2)
+        grad_weight = flat_NO.T @ mixed.flatten(0, -2) if mixed is not None else None
+        grad_bias = None
         if ctx.needs_input_grad[3]:
             grad_bias = flat_NO.sum(0)
         return grad_gate, grad_up, grad_weight, grad_bias
@@ -67,10 +67,14 @@ def _mixed(gate: Tensor, up: Tensor) -> Tensor:
     return operators.swiglu(gate, up) if operators.fits(gate, up) else F.silu(gate).mul_(up)
 
 
-def _gradients(gradient: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """By gate and up; and silu(gate) * up again."""
+def _gradients(
+    gradient: Tensor, gate: Tensor, up: Tensor, wants_mixed: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """By gate and up; and silu(gate) * up again, if wanted."""
     if operators.fits(gradient, gate, up):
-        return operators.swiglu_back(gate, up, gradient)
+        grad_gate, grad_up, mixed = operators.swiglu_back(gate, up, gradient)
+        return grad_gate, grad_up, mixed if wants_mixed else None
     activated = F.silu(gate)
-    grad_gate: Tensor = torch.ops.aten.silu_backward(gradient * up, gate)
-    return grad_gate, activated * gradient, activated.mul_(up)
+    grad_gate = torch.ops.aten.silu_backward(gradient * up, gate)
+    mixed_or_none = activated * up if wants_mixed else None
+    return grad_gate, activated.mul_(gradient), mixed_or_none

@@ -1,4 +1,4 @@
-// What lies between the products of a training step, each in one pass over memory. Numbers are
+// What lies between the products of a training step, forward and backward. Numbers are
 // rounded to bfloat16 where torch's operators round them.
 //
 // Shapes: N tokens, D model width, I feed-forward width, C columns, V vocabulary.

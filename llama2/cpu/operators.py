@@ -1,6 +1,5 @@
-"""Operators of a training step in one pass over memory each, forward and backward, for bfloat16 on
-a CPU. Their callers are `torch.autograd.Function`s that compute the same with torch's operators
-elsewhere.
+"""Operators of a training step, forward and backward, for bfloat16 on a CPU. Their callers compute
+the same with torch's operators where these do not fit.
 
 Shapes: N tokens, B rows, T tokens, D model width, H heads, K head width, V vocabulary.
 """
@@ -29,6 +28,7 @@ def fits(*tensors: Tensor) -> bool:
 
 def normalize(x: Tensor, scale_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x / rms(x) * scale, and one over the root mean square, [..., 1] in float32."""
+    assert x.shape[-1:] == scale_D.shape
     x, scale_D = x.contiguous(), scale_D.contiguous()
     y, inverses = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     pointers = _pointers(x, scale_D, y, inverses)
@@ -40,6 +40,7 @@ def normalize_back(
     x: Tensor, inverses: Tensor, scale_D: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients by x and by the scale."""
+    assert x.shape[-1:] == scale_D.shape and x.shape == grad.shape
     x, scale_D, grad = x.contiguous(), scale_D.contiguous(), grad.contiguous()
     grad_x, grad_scale_D = torch.empty_like(x), torch.empty_like(scale_D, dtype=torch.float32)
     pointers = _pointers(x, inverses, scale_D, grad, grad_x, grad_scale_D)
@@ -49,6 +50,7 @@ def normalize_back(
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
+    assert gate.shape == up.shape
     gate, up = gate.contiguous(), up.contiguous()
     mixed = torch.empty_like(gate)
     _kernels().swiglu(*_pointers(gate, up, mixed), gate.numel(), _threads())
@@ -57,6 +59,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_back(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by gate and up, and silu(gate) * up again."""
+    assert gate.shape == up.shape == grad.shape
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     made = torch.empty_like(gate), torch.empty_like(gate), torch.empty_like(gate)
     _kernels().swiglu_back(*_pointers(gate, up, grad, *made), gate.numel(), _threads())
@@ -69,9 +72,10 @@ def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     x_BTHK = x_BTHK.contiguous()
     turned_BTHK = torch.empty_like(x_BTHK)
     batch, tokens, heads, width = x_BTHK.shape
+    assert cos.shape == sin.shape and cos.shape[1] == tokens and cos.shape[2] >= heads * width
     if cos.stride() != sin.stride() or cos.stride()[1:] != (cos.stride(1), 1):
         cos, sin = cos.contiguous(), sin.contiguous()
-    assert len(cos) == 1 or cos.stride(0) == tokens * cos.stride(1)
+    assert len(cos) == 1 or (len(cos), cos.stride(0)) == (batch, tokens * cos.stride(1))
     _kernels().turn(
         *_pointers(x_BTHK, cos, sin, turned_BTHK), batch * tokens, heads * width, width,
         len(cos) * tokens, cos.stride(1), direction < 0, _threads(),
@@ -82,6 +86,7 @@ def turn(x_BTHK: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention of [B, T, H, K] each, and the logarithms of each query's sum of
     exponentials, [B, H, T] in float32."""
+    assert query.shape == key.shape == value.shape
     batch, tokens, heads, _ = query.shape
     query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
     mixed = torch.empty_like(query)
@@ -95,6 +100,7 @@ def attend_back(
     query: Tensor, key: Tensor, value: Tensor, mixed: Tensor, logs_BHT: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by query, key and value."""
+    assert query.shape == key.shape == value.shape == grad.shape
     query, key, value, grad = (x.contiguous() for x in (query, key, value, grad))
     made = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
     pointers = _pointers(query, key, value, mixed, logs_BHT, grad, *made)

@@ -1,5 +1,8 @@
 """Gradients reach DeepSpeed's float32 buffers as they are."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed
@@ -27,6 +30,21 @@ def worker() -> None:
     assert engine.step()["grad_norm"] == 4 * world
     add(1.0, small)
     assert engine.step()["grad_norm"] == pytest.approx((1 + small) * world, rel=1e-6)
+
+
+def closing() -> None:
+    engine = Engine(nn.Linear(2, 2), EngineConfig(precision="bfloat16"), lambda _: 0.0)
+    engine.backward(engine(torch.ones(1, 2, dtype=torch.bfloat16)).sum())
+    engine.step()
+    optimizer = weakref.ref(engine._engine.optimizer)
+    engine.close()
+    del engine
+    gc.collect()
+    assert optimizer() is None
+
+
+def test_a_closed_engine_frees_its_optimizer() -> None:
+    run_group(1, closing)
 
 
 @pytest.mark.parametrize("world", [1, 2])
