@@ -21,10 +21,9 @@ ROUND = 8  # a block's length is a multiple of it
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query key^T / sqrt(K)) value over the tokens not later, [B, T, H, K] each."""
-    if operators.fits(query, key, value):
-        mixed_BTHK: Tensor = _CompiledAttention.apply(query, key, value)
-        return mixed_BTHK
-    mixed_BTHK = _CausalAttention.apply(query, key, value)
+    fits = operators.fits(query, key, value)
+    function = _CompiledAttention if fits else _CausalAttention
+    mixed_BTHK: Tensor = function.apply(query, key, value)
     return mixed_BTHK
 
 

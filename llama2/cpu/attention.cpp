@@ -56,12 +56,12 @@ class Head {
         pack_columns(to, padded, tokens(numbers, start, count), 0, padded);
         return {to, padded, LANES};
     }
-    // sums [count, width] = the product of some tokens' features and `columns`.
-    void product(const Number* numbers, int start, int count, const Columns& columns, int width,
-                 float* sums) const {
-        Pair* x = inputs.room<Pair>((int64_t)pairs * count);
-        pack_rows(x, count, tokens(numbers, start, count), 0, count);
-        tiles(count, width / LANES, x, count, columns, pairs, sums, width, false, nullptr);
+    // sums [rows of x, width] = the product of x and `columns`.
+    void product(const Table& x, const Columns& columns, int width, float* sums) const {
+        const int length = (x.columns + 1) / 2;
+        Pair* packed = inputs.room<Pair>((int64_t)length * x.rows);
+        pack_rows(packed, x.rows, x, 0, x.rows);
+        tiles(x.rows, width / LANES, packed, x.rows, columns, length, sums, width, false, nullptr);
     }
     void write(Number* to, int token, const float* numbers, float scale) const {
         for (int k = 0; k < K; k += LANES)
@@ -91,7 +91,7 @@ void Head::mix() const {
     const __m512 none = _mm512_set1_ps(-INFINITY);
     for (int start = 0; start < T; start += ROWS) {
         const int count = std::min(ROWS, T - start), seen = start + count, width = up(seen);
-        product(all.query, start, count, keys, width, scores);
+        product(tokens(all.query, start, count), keys, width, scores);
         float totals[ROWS];
         for (int r = 0; r < count; r++) {
             float* own = scores + (int64_t)r * width;
@@ -112,9 +112,7 @@ void Head::mix() const {
             totals[r] = _mm512_reduce_add_ps(total);
             logs[start + r] = highest + std::log(totals[r]);
         }
-        Pair* x = inputs.room<Pair>((int64_t)width / 2 * count);
-        pack_rows(x, count, {weights, width, count, width}, 0, count);
-        tiles(count, padded / LANES, x, count, values, (seen + 1) / 2, sums, padded, false, nullptr);
+        product({weights, width, count, seen}, values, padded, sums);
         for (int r = 0; r < count; r++)
             write(all.mixed, start + r, sums + r * padded, 1 / totals[r]);
     }
@@ -126,8 +124,8 @@ void Head::errors_of(int start, int count, const Columns& keys, const Columns& v
     static thread_local Kept score_room, slope_room;
     float* scores = score_room.room<float>((int64_t)ROWS * width);
     float* slopes = slope_room.room<float>((int64_t)ROWS * width);
-    product(all.query, start, count, keys, width, scores);
-    product(all.grad_mixed, start, count, values, width, slopes);
+    product(tokens(all.query, start, count), keys, width, scores);
+    product(tokens(all.grad_mixed, start, count), values, width, slopes);
     for (int r = 0; r < count; r++) {
         const int64_t token = at + (start + r) * stride;
         __m512 along = _mm512_setzero_ps();
@@ -165,10 +163,7 @@ void Head::differentiate() const {
             const int here = std::min(ROWS, count - q);
             Number* own = errors + (int64_t)q * width;
             errors_of(start + q, here, keys, values, width, weights + (int64_t)q * width, own);
-            Pair* x = inputs.room<Pair>((int64_t)width / 2 * here);
-            pack_rows(x, here, {own, width, here, width}, 0, here);
-            tiles(here, padded / LANES, x, here, key_features, (seen + 1) / 2, sums, padded, false,
-                  nullptr);
+            product({own, width, here, seen}, key_features, padded, sums);
             for (int r = 0; r < here; r++)
                 write(all.grad_query, start + q + r, sums + r * padded, 1);
         }

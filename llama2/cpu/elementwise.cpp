@@ -1,11 +1,12 @@
-// What lies between the products of a training step, forward and backward. Numbers are
-// rounded to bfloat16 where torch's operators round them.
+// What lies between the products of a training step, forward and backward. Numbers are rounded to
+// bfloat16 where torch's operators round them.
 //
 // Shapes: N tokens, D model width, I feed-forward width, C columns, V vocabulary.
 
 #include <cmath>
 #include <vector>
 
+#include "rows.hpp"
 #include "softmax.hpp"
 
 namespace {
@@ -35,12 +36,7 @@ extern "C" void normalize(const Number* x, const Number* scale, Number* y, float
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int n = 0; n < tokens; n++) {
         const Number* from = x + (int64_t)n * width;
-        __m512 squares = _mm512_setzero_ps();
-        for (int d = 0; d < width; d += LANES) {
-            const __m512 numbers = widened(from + d, first(width - d));
-            squares = _mm512_fmadd_ps(numbers, numbers, squares);
-        }
-        inverses[n] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / width + eps);
+        inverses[n] = inverse_rms(from, width, eps);
         for (int d = 0; d < width; d += LANES) {
             const __mmask16 mask = first(width - d);
             const __m512 normal = _mm512_mul_ps(widened(from + d, mask), _mm512_set1_ps(inverses[n]));
@@ -120,27 +116,12 @@ extern "C" void swiglu_back(const Number* gate, const Number* up, const Number* 
 extern "C" void turn(const Number* x, const Number* cos, const Number* sin, Number* y, int tokens,
                      int columns, int head_width, int positions, int turn_width, int back,
                      int threads) {
-    const int half = head_width / 2;
-    const __m512 sign = _mm512_set1_ps(back ? -1 : 1);
 #pragma omp parallel for schedule(dynamic, 16) num_threads(threads)
     for (int n = 0; n < tokens; n++) {
-        const Number* from = x + (int64_t)n * columns;
-        Number* to = y + (int64_t)n * columns;
-        const int64_t place = (int64_t)(n % positions) * turn_width;
+        const int64_t row = (int64_t)n * columns, place = (int64_t)(n % positions) * turn_width;
         for (int head = 0; head < columns; head += head_width)
-            for (int k = 0; k < half; k += LANES) {
-                const __mmask16 mask = first(half - k);
-                const int low = head + k, high = low + half;
-                const __m512 a = widened(from + low, mask), b = widened(from + high, mask);
-                const auto turned = [&](__m512 own, __m512 other, int at) {
-                    const __m512 product =
-                        rounded(_mm512_mul_ps(own, widened(cos + place + at, mask)));
-                    const __m512 across = _mm512_mul_ps(sign, widened(sin + place + at, mask));
-                    return _mm512_fmadd_ps(other, across, product);
-                };
-                store(to + low, turned(a, b, low), mask);
-                store(to + high, turned(b, a, high), mask);
-            }
+            turn_head(x + row + head, y + row + head, cos + place + head, sin + place + head,
+                      head_width, back ? -1 : 1);
     }
 }
 

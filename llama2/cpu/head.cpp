@@ -2,8 +2,8 @@
 
 #include <vector>
 
+#include "packing.hpp"
 #include "softmax.hpp"
-#include "tile.hpp"
 
 namespace {
 
@@ -12,11 +12,10 @@ void group(const Matrix& head, const Number* hidden, const int64_t* targets, int
     const Blocks blocks(rows);
     const int pairs = head.pairs;
     std::vector<Pair> x(blocks.length(pairs));
-    for (int row = 0; row < rows; row++) {
-        const Pair* from = reinterpret_cast<const Pair*>(hidden) + (int64_t)row * pairs;
-        Pair* to = x.data() + blocks.place(row, pairs);
-        for (int k = 0; k < pairs; k++) to[(int64_t)k * blocks.size] = from[k];
-    }
+    for (int block = 0; block < blocks.count; block++)
+        pack_rows(x.data() + (int64_t)block * blocks.size * pairs, blocks.size,
+                  {hidden, 2 * pairs, rows, 2 * pairs}, block * blocks.size,
+                  blocks.rows_of(block));
     std::vector<Sum> sums(rows);
     std::vector<float> picked(rows);
     for (int column = 0; column < head.outputs; column += PANEL) {

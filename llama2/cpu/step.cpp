@@ -15,6 +15,7 @@
 #include <numeric>
 #include <vector>
 
+#include "rows.hpp"
 #include "tile.hpp"
 
 namespace {
@@ -286,15 +287,8 @@ void Step::fill(const Blocks& into, int width, Read read) {
 // One over the root mean square of each row. Every thread finds all: quicker than to wait.
 const std::vector<float>& Step::scales(int rows) const {
     room(inverses, rows);
-    for (int row = 0; row < rows; row++) {
-        const Number* from = residual + (int64_t)row * D;
-        __m512 squares = _mm512_setzero_ps();
-        for (int d = 0; d < D; d += LANES) {
-            const __m512 numbers = widened(from + d, first(D - d));
-            squares = _mm512_fmadd_ps(numbers, numbers, squares);
-        }
-        inverses[row] = 1 / std::sqrt(_mm512_reduce_add_ps(squares) / D + model.eps);
-    }
+    for (int row = 0; row < rows; row++)
+        inverses[row] = inverse_rms(residual + (int64_t)row * D, D, model.eps);
     return inverses;
 }
 
@@ -366,18 +360,8 @@ void Step::turn_and_keep(const Layer& layer, int token, int group) {
 }
 
 void Step::turn(Number* head, int position) const {
-    const Number *cos = model.cos + (int64_t)position * K, *sin = model.sin + (int64_t)position * K;
-    const int half = K / 2;
-    for (int k = 0; k < half; k += LANES) {
-        const __mmask16 mask = first(half - k);
-        const __m512 a = widened(head + k, mask), b = widened(head + half + k, mask);
-        const auto turned = [&](__m512 own, __m512 other, int at) {
-            const __m512 product = rounded(_mm512_mul_ps(own, widened(cos + at, mask)));
-            return _mm512_fmadd_ps(other, widened(sin + at, mask), product);
-        };
-        store(head + k, turned(a, b, k), mask);
-        store(head + half + k, turned(b, a, half + k), mask);
-    }
+    const int64_t place = (int64_t)position * K;
+    turn_head(head, head, model.cos + place, model.sin + place, K);
 }
 
 // Has the keys and values that an attention will read brought closer, a share by each thread, as
