@@ -7,7 +7,7 @@ update minibatch by minibatch.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -204,54 +204,71 @@ class Learner:
     def update(
         self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int]
     ) -> dict[str, float]:
-        """One gradient step of policy and value per minibatch, whose answer tokens over all workers
-        are `totals` (collective). While the critic warms up the policy makes none.
+        """One gradient step of policy and value model per minibatch, whose answer tokens over all
+        workers are `totals` (collective). While the critic warms up the policy makes none.
 
-        Raises `FloatingPointError`, before the weights have changed, for a loss or gradient that is
-        not finite.
+        Raises `FloatingPointError`, before the weights of that model have changed, for a loss or
+        gradient that is not finite.
         """
-        learns = self.iteration >= self.task.ppo.critic_warmup
-        sums = UpdateSums()
-        for number, (batches, total) in enumerate(zip(minibatches, totals, strict=True)):
-            for batch in batches:
-                if learns:
-                    self._add_policy(batch, total, sums)
-                if self.value is not None:
-                    with sums.timed("value"):
-                        part = self.value.loss(batch, total)
-                        self.value.engine.backward(part)
-                        sums.add(value_loss=float(part.detach()))
-            if learns and self.mix is not None:
-                with sums.timed("policy"):
-                    sums.add(ptx_loss=self.mix.backward(self.policy))
-            self._check("loss", sums.reduce(), number)
-            self._step(sums, learns, number)
+        sums, steps = [], []
+        if self.iteration >= self.task.ppo.critic_warmup:
+            sums.append(UpdateSums("policy"))
+            steps.append(self._policy_steps(minibatches, totals, sums[-1]))
+        if self.value is not None:
+            sums.append(UpdateSums("value"))
+            steps.append(self._value_steps(self.value, minibatches, totals, sums[-1]))
+        training.run_at_once(steps)  # the two have nothing in common
         self.iteration += 1
-        return sums.metrics(len(minibatches), sum(totals))
+        found: dict[str, float] = {}
+        for part in sums:
+            found |= part.metrics(len(minibatches), sum(totals))
+        return found
 
-    def _add_policy(self, batch: ExperienceBatch, total: int, sums: UpdateSums) -> None:
-        """Add the policy's gradient of a micro-batch."""
+    def _policy_steps(
+        self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int], sums: UpdateSums
+    ) -> Iterator[None]:
+        """The policy's part of an update; yields after each step."""
         ppo = self.task.ppo
         coefficient = self.kl_coefficient if ppo.kl_place == "loss" else 0.0
-        with sums.timed("policy"):
-            part = self.policy.loss(batch, total, coefficient, ppo.estimator)
-            self.policy.engine.backward(part.loss)
-            sums.add(
-                loss=float(part.loss.detach()),
-                clipped=part.clipped,
-                approximate_kl=part.approximate_kl,
-                entropy=part.entropy,
-            )
+        for number, (batches, total) in enumerate(zip(minibatches, totals, strict=True)):
+            with sums.timed():
+                for batch in batches:
+                    part = self.policy.loss(batch, total, coefficient, ppo.estimator)
+                    self.policy.engine.backward(part.loss)
+                    sums.add(
+                        policy_loss=float(part.loss.detach()),
+                        clipped=part.clipped,
+                        approximate_kl=part.approximate_kl,
+                        entropy=part.entropy,
+                    )
+                if self.mix is not None:
+                    sums.add(ptx_loss=self.mix.backward(self.policy))
+                self._step(self.policy.engine, sums, number)
+            yield
 
-    def _step(self, sums: UpdateSums, learns: bool, minibatch: int) -> None:
+    def _value_steps(
+        self,
+        value: Value,
+        minibatches: list[list[ExperienceBatch]],
+        totals: Sequence[int],
+        sums: UpdateSums,
+    ) -> Iterator[None]:
+        """The value model's part of an update; yields after each step."""
+        for number, (batches, total) in enumerate(zip(minibatches, totals, strict=True)):
+            with sums.timed():
+                for batch in batches:
+                    part = value.loss(batch, total)
+                    value.engine.backward(part)
+                    sums.add(value_loss=float(part.detach()))
+                self._step(value.engine, sums, number)
+            yield
+
+    def _step(self, engine: Engine, sums: UpdateSums, minibatch: int) -> None:
         """Apply the gradients of a minibatch."""
-        for who, engine in self.engines.items():
-            if who == "policy" and not learns:
-                continue
-            with sums.timed(who):
-                step = engine.step()
-            sums.norms |= {f"{who}/{name}": x for name, x in step.items()}
-            self._check(f"{who} gradient's norm", step.get("grad_norm", 0.0), minibatch)
+        self._check(f"{sums.who} loss", sums.reduce(), minibatch)
+        found = engine.step()
+        sums.stepped(**found)
+        self._check(f"{sums.who} gradient's norm", found["grad_norm"], minibatch)
 
     def adapt_kl(self, divergence: float, samples: int) -> None:
         """Move beta towards its target, after an iteration with this KL, in nats per answer; not

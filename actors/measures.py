@@ -1,7 +1,6 @@
 """What is recorded of an iteration: of the samples before the update, and of the update."""
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,21 +41,21 @@ def measure(minibatches: list[list[ExperienceBatch]], has_critic: bool = True) -
     }
 
 
-SUMS = ("loss", "value_loss", "ptx_loss", "clipped", "approximate_kl", "entropy")
-LOSSES = 3
-"""The first of them."""
+LOSSES = ("policy_loss", "ptx_loss", "value_loss")
+SUMS = (*LOSSES, "clipped", "approximate_kl", "entropy")
 
 
 class UpdateSums:
-    """What the minibatches of an update add up to, and how long policy and value model took."""
+    """What the minibatches of an update of one model add up to, and how long it took."""
 
-    def __init__(self) -> None:
-        self.norms: dict[str, float] = {}
-        """Of the last minibatch: rates and gradient norms."""
+    def __init__(self, who: str) -> None:
+        """who: the model's name in what is recorded."""
+        self.who = who
+        self._norms: dict[str, float] = {}
         self._mine = torch.zeros(len(SUMS), dtype=torch.float64)
         self._total = torch.zeros(len(SUMS), dtype=torch.float64)
         self._seen: set[str] = set()
-        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._seconds = 0.0
 
     def add(self, **values: float | None) -> None:
         """Add this worker's parts, by the names of `SUMS`; None is not known."""
@@ -65,26 +64,30 @@ class UpdateSums:
                 self._mine[SUMS.index(name)] += value
                 self._seen.add(name)
 
+    def stepped(self, **found: float) -> None:
+        """Keep what a step told; of the last minibatch it is recorded."""
+        self._norms = {f"{self.who}/{name}": value for name, value in found.items()}
+
     @contextmanager
-    def timed(self, who: str) -> Iterator[None]:
-        """Count the time of a `with` block as that of the policy or of the value model."""
+    def timed(self) -> Iterator[None]:
+        """Count the time of a `with` block."""
         started = time.perf_counter()
         yield
-        self._seconds[who] += time.perf_counter() - started
+        self._seconds += time.perf_counter() - started
 
     def reduce(self) -> float:
         """End a minibatch's passes: the sum of its losses over all workers (collective)."""
         found = training.all_reduce(self._mine)
         self._total += found
-        losses = float(found[:LOSSES].sum())
+        losses = float(found[: len(LOSSES)].sum())
         self._mine = torch.zeros_like(self._total)
         return losses
 
     def metrics(self, minibatches: int, tokens: int) -> dict[str, float]:
         """Means over minibatches and their answer tokens, of what was computed."""
-        loss, value_loss, ptx_loss, clipped, divergence, entropy = self._total.tolist()
+        loss, ptx_loss, value_loss, clipped, divergence, entropy = self._total.tolist()
         found = {
-            "loss": ("loss", loss / minibatches),
+            "loss": ("policy_loss", loss / minibatches),
             "value/loss": ("value_loss", value_loss / minibatches),
             "ptx/loss": ("ptx_loss", ptx_loss / minibatches),
             "ppo/clip_fraction": ("clipped", clipped / tokens),
@@ -92,5 +95,4 @@ class UpdateSums:
             "ppo/exact_entropy": ("entropy", entropy / tokens),
         }
         means = {shown: mean for shown, (name, mean) in found.items() if name in self._seen}
-        times = {f"time/update_{who}": seconds for who, seconds in self._seconds.items()}
-        return means | times | self.norms
+        return means | {f"time/update_{self.who}": self._seconds} | self._norms

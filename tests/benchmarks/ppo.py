@@ -43,7 +43,9 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 SAMPLES, TOKENS, MINIBATCH = 64, 64, 8
 WARMUP = 2
-PHASES = ("publish", "generate", "score", "experience", "update_policy", "update_value")
+PHASES = ("publish", "generate", "score", "experience", "update")
+WITHIN = ("update_policy", "update_value")
+"""At the same time, both within the update."""
 WORDS = TEXT.split()
 
 
@@ -99,10 +101,10 @@ def show(run: RunDirectory, iterations: int) -> None:
     assert {line["rollout/answer_tokens"] for line in lines} == {TOKENS}
     middle = {
         name: statistics.median(line[f"time/{name}"] for line in lines)
-        for name in (*PHASES, "iteration")
+        for name in (*PHASES, *WITHIN, "iteration")
     }
     whole = middle.pop("iteration")
-    middle["rest"] = whole - sum(middle.values())
+    middle["rest"] = whole - sum(middle[name] for name in PHASES)
     spread = sorted(line["time/iteration"] for line in lines)
     print(f"an iteration takes {whole:.2f} s ({spread[0]:.2f} to {spread[-1]:.2f} in {len(lines)})")
     for name, seconds in middle.items():
