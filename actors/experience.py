@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from actors.records import Experience, FloatArray
+from actors.records import Experience
 from cluster import training
 from llama2.advantages import gae, group_relative, leave_one_out, whiten
-from llama2.batches import pack
+from llama2.batches import FloatArray, pack
 from llama2.kl import ESTIMATORS, Estimator
 from llama2.losses import IGNORE
 from llama2.rewards import token_rewards

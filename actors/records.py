@@ -9,10 +9,9 @@ import numpy as np
 import ray
 
 from cluster.weights import Version
-from llama2.batches import TokenSequence
+from llama2.batches import FloatArray, TokenSequence
 from llama2.generation.request import Alternatives
 
-FloatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 IntArray = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 

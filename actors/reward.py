@@ -10,11 +10,10 @@ import ray
 import torch
 
 from actors.records import Rollout, Sample, Scores
-from actors.reference import by_length
 from llama2 import checkpoint
-from llama2.batches import TokenArray, pad_right
-from llama2.cpu.models import compiled
+from llama2.batches import TokenArray
 from llama2.records import Prompt
+from llama2.scoring import last_scores
 from llama2.tokenizer import load_tokenizer
 from llama2.transcripts import Transcripts, encode_answered
 
@@ -42,24 +41,15 @@ class Reward:
         then encoded again."""
         torch.set_num_threads(threads)
         self._folder = folder
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = checkpoint.load_scalar(folder, dtype=dtype, device=str(self._device)).eval()
-        self._model = compiled(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = checkpoint.load_scalar(folder, dtype=dtype, device=device).eval()
         self._tokenizer = load_tokenizer(folder)
         self._transcripts = None if asked is None else asked.transcripts()
 
-    @torch.inference_mode()
     def score(self, rollout: Rollout) -> Scores:
         """The score read at the last token of each answer, before the sigmoid. Raises `ValueError`
         for one that is not finite."""
-        tokens = [self._tokens(sample) for sample in rollout.samples]
-        scores = [0.0] * len(tokens)
-        for rows in by_length([len(sequence) for sequence in tokens]):
-            padded = pad_right([tokens[i] for i in rows])
-            tokens_BT, segments_BT, is_last_BT = (x.to(self._device) for x in padded)
-            scores_B = self._model(tokens_BT, segments_BT, is_last_BT)[is_last_BT]
-            for i, score in zip(rows, scores_B.tolist(), strict=True):
-                scores[i] = score
+        scores = last_scores(self._model, [self._tokens(sample) for sample in rollout.samples])
         return scores_of(rollout, scores, f"The reward model {self._folder}")
 
     def _tokens(self, sample: Sample) -> TokenArray:

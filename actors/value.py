@@ -5,7 +5,6 @@ from torch import Tensor
 
 from actors.experience import ExperienceBatch
 from cluster.engine import Engine
-from llama2.cpu.models import CompiledTrunk
 from llama2.losses import value_loss
 from llama2.model import ScalarModel
 
@@ -16,21 +15,11 @@ class Value:
     def __init__(self, engine: Engine, clip_range: float | None) -> None:
         assert isinstance(engine.module, ScalarModel)
         self.engine, self.clip_range = engine, clip_range
-        self._trunk = CompiledTrunk.of(engine.module.model)
-        self._seen = engine.updates
 
     @torch.no_grad()
     def values(self, batch: ExperienceBatch) -> Tensor:
         """Value of the state before each answer token, [B, T], 0 elsewhere."""
-        asked = batch.tokens_BT, batch.segments_BT, batch.mask_BT
-        values_BT: Tensor
-        if self._trunk is None:
-            values_BT = self.engine(*asked)
-        else:
-            if self._seen != self.engine.updates:
-                self._trunk.weights_changed()
-                self._seen = self.engine.updates
-            values_BT = self.engine.module(*asked, trunk=self._trunk)
+        values_BT: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, batch.mask_BT)
         return values_BT
 
     def loss(self, batch: ExperienceBatch, total: int) -> Tensor:

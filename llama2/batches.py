@@ -10,6 +10,7 @@ from torch import Tensor
 from llama2.losses import IGNORE
 
 TokenArray = np.ndarray[tuple[int], np.dtype[np.integer]]
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 MaskArray = np.ndarray[tuple[int], np.dtype[np.bool_]]
 
 

@@ -203,14 +203,10 @@ class ScalarModel(nn.Module):
         tokens_BT: Tensor,
         segments_BT: Tensor | None = None,
         wanted_BT: Tensor | None = None,
-        trunk: nn.Module | None = None,
     ) -> Tensor:
-        """Scalars [B, T], float32; with `wanted_BT`, 0 where that is false.
-
-        trunk: computes what the model's own does, in another way.
-        """
+        """Scalars [B, T], float32; with `wanted_BT`, 0 where that is false."""
         places_N = None if wanted_BT is None else places_of(wanted_BT)
-        hidden = (trunk or self.model)(tokens_BT, segments_BT, places_N)
+        hidden = self.model(tokens_BT, segments_BT, places_N)
         scores = cast(Tensor, self.score(hidden)).squeeze(-1).float()
         if places_N is None:
             return scores

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.batches import TokenSequence
+from llama2.batches import FloatArray, TokenArray, TokenSequence
 from llama2.model import ScalarModel, Transformer
 
+Tokens = Sequence[int] | TokenArray
 BATCH_TOKENS = 16_384
 """Tokens whose activations are held at a time; a longer sequence goes by itself."""
 GREEDY_LOGITS = 1 << 25
@@ -71,13 +72,21 @@ def continuations(
     return [found[i] for i in range(len(pairs))]
 
 
-@torch.inference_mode()
 def sequence_logprobs(
     model: Transformer, sequences: Sequence[TokenSequence], batch_tokens: int = BATCH_TOKENS
 ) -> list[float]:
     """Log-probability of each sequence's targets given all before them, in nats."""
-    found: dict[int, float] = {}
-    inputs = [tuple(sequence.tokens[:-1].tolist()) for sequence in sequences]
+    found = target_logprobs(model, sequences, batch_tokens)
+    return [float(of_targets.sum(dtype=np.float64)) for of_targets in found]
+
+
+@torch.inference_mode()
+def target_logprobs(
+    model: Transformer, sequences: Sequence[TokenSequence], batch_tokens: int = BATCH_TOKENS
+) -> list[FloatArray]:
+    """Log-probability of each of a sequence's targets given all before it, in nats."""
+    found: dict[int, FloatArray] = {}
+    inputs = [sequence.tokens[:-1] for sequence in sequences]
     for numbers in _numbered([len(tokens) for tokens in inputs], batch_tokens):
         batch = [inputs[i] for i in numbers]
         wanted = [np.flatnonzero(sequences[i].is_target[1:]) for i in numbers]
@@ -86,14 +95,14 @@ def sequence_logprobs(
             int(t) for i, w in zip(numbers, wanted, strict=True) for t in sequences[i].tokens[1:][w]
         ]
         logprobs_N = _logprobs(model, _hidden(model, batch, places.tolist()), targets)
-        parts = logprobs_N.cpu().double().split([len(w) for w in wanted])
-        found.update({i: float(part.sum()) for i, part in zip(numbers, parts, strict=True)})
+        parts = logprobs_N.cpu().split([len(w) for w in wanted])
+        found.update({i: part.numpy() for i, part in zip(numbers, parts, strict=True)})
     return [found[i] for i in range(len(sequences))]
 
 
 @torch.inference_mode()
 def last_scores(
-    model: ScalarModel, sequences: Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
+    model: ScalarModel, sequences: Sequence[Tokens], batch_tokens: int = BATCH_TOKENS
 ) -> list[float]:
     """What a reward model says at the last token of each sequence, before the sigmoid."""
     found: dict[int, float] = {}
@@ -123,12 +132,12 @@ def _numbered(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _starts(sequences: Sequence[Sequence[int]]) -> list[int]:
+def _starts(sequences: Sequence[Tokens]) -> list[int]:
     """Where each sequence begins, one behind the other."""
     return [0, *np.cumsum([len(tokens) for tokens in sequences]).tolist()[:-1]]
 
 
-def _row(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _row(sequences: Sequence[Tokens]) -> tuple[Tensor, Tensor]:
     """tokens_BT and segments_BT of one row that holds all sequences."""
     lengths = [len(tokens) for tokens in sequences]
     tokens_T = np.concatenate([np.asarray(tokens, dtype=np.int64) for tokens in sequences])
@@ -136,9 +145,7 @@ def _row(sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(tokens_T)[None], torch.from_numpy(segments_T)[None]
 
 
-def _hidden(
-    model: Transformer, sequences: Sequence[Sequence[int]], places: Sequence[int]
-) -> Tensor:
+def _hidden(model: Transformer, sequences: Sequence[Tokens], places: Sequence[int]) -> Tensor:
     """Hidden states [N, D] of the tokens at `places` of the row."""
     device = model.lm_head.weight.device
     places_N = torch.tensor(places, dtype=torch.long, device=device)

@@ -53,7 +53,7 @@ struct Batch {
     const Span* spans;
     const int32_t* pages;
     const int32_t* asked;  // tokens, rising
-    Number* output;        // [R, V], or without a head [R, D]
+    Number* output;        // [R, V]
     int32_t token_count, span_count, asked_count, threads;
 };
 }
@@ -102,8 +102,6 @@ class Step {
     void mix(const Layer& layer, const Work& work, const Work* next);
     void turn_and_keep(const Layer& layer, int token, int group);
     void turn(Number* head, int position) const;
-    const std::vector<float>& scales(int rows) const;
-    __m512 normal(int row, int d, float inverse, const Number* scale) const;
     void normalize(const Number* scale, const Blocks& into);
     template <class Read>
     void fill(const Blocks& into, int width, Read read);
@@ -217,17 +215,8 @@ void Step::run() {
             if (!last) announce(model.layers[l + 1]);
             add(layer.down, rows, wide);
         }
-        if (!model.head.panels) {
-            const std::vector<float>& inverse = scales(asked.rows.rows);
-#pragma omp for schedule(static)
-            for (int row = 0; row < asked.rows.rows; row++)
-                for (int d = 0; d < D; d += LANES)
-                    store(batch.output + (int64_t)row * D + d,
-                          normal(row, d, inverse[row], model.norm), first(D - d));
-        } else {
-            normalize(model.norm, asked.rows);
-            multiply(model.head, asked.rows, input, Rows{batch.output, model.head.outputs});
-        }
+        normalize(model.norm, asked.rows);
+        multiply(model.head, asked.rows, input, Rows{batch.output, model.head.outputs});
     }
 }
 
@@ -284,25 +273,18 @@ void Step::fill(const Blocks& into, int width, Read read) {
         }
 }
 
-// One over the root mean square of each row. Every thread finds all: quicker than to wait.
-const std::vector<float>& Step::scales(int rows) const {
-    room(inverses, rows);
-    for (int row = 0; row < rows; row++)
-        inverses[row] = inverse_rms(residual + (int64_t)row * D, D, model.eps);
-    return inverses;
-}
-
-__m512 Step::normal(int row, int d, float inverse, const Number* scale) const {
-    const __mmask16 mask = first(D - d);
-    const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
-    const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse)));
-    return _mm512_mul_ps(normal, widened(scale + d, mask));
-}
-
 // The next product's input: rows by their root mean square, times the scale.
 void Step::normalize(const Number* scale, const Blocks& into) {
-    const std::vector<float>& inverse = scales(into.rows);
-    fill(into, D, [&](int row, int d) { return normal(row, d, inverse[row], scale); });
+    room(inverses, into.rows);
+    std::vector<float>& inverse = inverses;  // every thread finds all: quicker than to wait
+    for (int row = 0; row < into.rows; row++)
+        inverse[row] = inverse_rms(residual + (int64_t)row * D, D, model.eps);
+    fill(into, D, [&](int row, int d) {
+        const __mmask16 mask = first(D - d);
+        const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
+        const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse[row])));
+        return _mm512_mul_ps(normal, widened(scale + d, mask));
+    });
 }
 
 // What the tokens see, as input of the next product. Called by all threads, ends together.

@@ -1,7 +1,6 @@
 """A forward pass in one call of compiled code (`step.cpp`), for CPUs with bfloat16 instructions.
 
-Shapes: N tokens, O outputs and I inputs of a matrix, R tokens that are asked for, D model width,
-V vocabulary.
+Shapes: N tokens, O outputs and I inputs of a matrix, R tokens that are asked for, V vocabulary.
 """
 
 import ctypes
@@ -123,8 +122,7 @@ class Matrices:
 
 
 class Step:
-    """A trunk, and maybe a head on it, with memory for keys and values: of each layer, or of one
-    that all layers use in turn.
+    """A trunk and a head on it, with memory for the keys and values of each layer.
 
     What is written to the weights counts once `weights_changed` was called; they are laid out anew
     at the next call.
@@ -133,7 +131,7 @@ class Step:
     def __init__(
         self,
         trunk: Trunk,
-        head: nn.Linear | None,
+        head: nn.Linear,
         kernels: ctypes.CDLL,
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
@@ -152,8 +150,7 @@ class Step:
     def __call__(
         self, tokens_N: Array, spans: Array, pages: Array, asked_R: Array, output: Tensor
     ) -> None:
-        """Fill `output` with the logits [R, V], or without a head the hidden states [R, D], behind
-        the tokens at places `asked_R`, which rise.
+        """Fill `output` with the logits [R, V] behind the tokens at places `asked_R`, which rise.
 
         spans: of each, one behind the other in the batch: its first token's place, how many tokens
         of its row were computed before, how many are now, and where its row's pages begin in
@@ -212,7 +209,7 @@ class Step:
             )
         return _Model(
             layers,
-            Matrix() if self._head is None else laid.matrix("head", self._head),
+            laid.matrix("head", self._head),
             laid.pointer(trunk.embed_tokens.weight),
             laid.pointer(trunk.norm.weight),
             self._cos.data_ptr(),

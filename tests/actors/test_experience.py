@@ -13,7 +13,6 @@ from actors.experience import (
     with_reference,
 )
 from actors.records import Experience, Sample
-from actors.reference import by_length
 from cluster import training
 from cluster.weights import Version
 
@@ -71,10 +70,3 @@ def test_whitening_spans_all_minibatches(monkeypatch) -> None:  # type: ignore[n
     torch.testing.assert_close(flat.square().mean(), torch.tensor(1.0), atol=1e-5, rtol=0)
     raw = torch.cat([b.advantages_BT[b.mask_BT] for b in batches])
     torch.testing.assert_close(flat, (raw - raw.mean()) / raw.std(correction=0))
-
-
-def test_batches_of_like_length_stay_within_the_budget() -> None:
-    lengths = [5, 30, 4, 31, 6, 100]
-    batches = by_length(lengths, max_tokens=62)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert batches == [[2, 0, 4], [1, 3], [5]]

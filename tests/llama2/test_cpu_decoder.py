@@ -148,6 +148,13 @@ def test_only_those_that_draw_get_logits() -> None:
 
 
 @needed
+def test_tokens_outside_the_vocabulary_are_refused() -> None:
+    for token in (61, -1):
+        with pytest.raises(IndexError, match="tokens outside the vocabulary of 61"):
+            logits_of(made(CONFIG), [[1, token]], [2])
+
+
+@needed
 def test_damaged_weights_leave_nothing_behind() -> None:
     """What is no number stays in pages that others are given later."""
     model = made(CONFIG)
