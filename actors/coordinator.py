@@ -54,6 +54,9 @@ class RolloutTask:
     timeout: float
     """Seconds to wait for generation and scoring of a batch."""
     ppo: PPOSettings
+    in_turn: bool = False
+    """Whether the reference begins when the rewards are there, since it computes on the same
+    processors."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,9 @@ class Coordinator:
         ]
         answers = await self._roll_out(requests, version, task.sampling)
         seconds = time.perf_counter() - started
+        if task.in_turn:
+            references = asyncio.gather(*(chunk.reference for chunk in answers.chunks))
+            await self._wait(references, "the reference")
         generation = max(chunk.helpfulness.generation_seconds for chunk in answers.chunks)
         finished = _mean(answers.of(lambda chunk: chunk.helpfulness.finished))
         metrics = {
@@ -146,6 +152,7 @@ class Coordinator:
             "rollout/answer_tokens": _mean(answers.of(lambda chunk: chunk.helpfulness.written)),
             "time/generate": generation,
             "time/score": max(0.0, seconds - generation),
+            "time/reference": time.perf_counter() - started - seconds,
         }
         tags = [task.prompts[i].safety for i in picked]
         return Batch(iteration, version, answers, tags, metrics)
@@ -201,12 +208,14 @@ class Coordinator:
         call = self._generators.generate.remote(requests, sampling, version)
         with cancelled_with_caller(call):
             rollout = await call._to_object_ref()
-            reference = self._references[number % len(self._references)].score.remote(rollout)
-            helpfulness, safety = await asyncio.gather(
-                self._helpfulness[number % len(self._helpfulness)].score.remote(rollout),
-                self._safety[number % len(self._safety)].score.remote(rollout),
-            )
-        return Chunk(rollout, reference, helpfulness, safety)
+
+            def scored_by(workers: Sequence[Any]) -> Any:
+                return workers[number % len(workers)].score.remote(rollout)
+
+            rewards = scored_by(self._helpfulness), scored_by(self._safety)
+            reference = None if self._task.in_turn else scored_by(self._references)
+            helpfulness, safety = await asyncio.gather(*rewards)
+            return Chunk(rollout, reference or scored_by(self._references), helpfulness, safety)
 
     async def _wait(self, work: Awaitable[T], what: str) -> T:
         try:

@@ -7,10 +7,11 @@ update minibatch by minibatch.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import torch
@@ -21,6 +22,7 @@ from actors.early_stopping import HeldOut
 from actors.engine_loop import EngineFailed
 from actors.experience import (
     ExperienceBatch,
+    MiniBatches,
     collate,
     whiten_advantages,
     with_advantages,
@@ -39,10 +41,13 @@ from cluster.engine import Engine, EngineConfig
 from cluster.run_directory import RunDirectory
 from cluster.weights import Receipt, Version
 from llama2 import checkpoint, kl
+from llama2.at_once import at_once, in_turn
 from llama2.entropy import EntropyUnembedding
 from llama2.model import ScalarModel, Transformer
 from llama2.ppo import PPOSettings
 from llama2.schedules import Schedule
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,6 @@ class LearnTask:
     patience: int = 0
     """Evaluations without a better held-out reward after which training ends; 0 never does."""
     seed: int = 0
-    scoring_threads: int = 0
-    """CPU threads that the learner's own passes leave to the reference while it is at work."""
 
 
 @dataclass
@@ -155,25 +158,16 @@ class Learner:
         return share
 
     @torch.no_grad()
-    def experience(
-        self,
-        samples: Sequence[Sequence[Experience]],
-        scoring: Callable[[], bool] = lambda: False,
-    ) -> list[list[ExperienceBatch]]:
+    def experience(self, samples: Sequence[Sequence[Experience]]) -> MiniBatches:
         """Micro-batches of the samples of each minibatch, with advantages over the global batch
-        (collective).
-
-        scoring: tells whether the reference is still at work on them.
-        """
+        (collective)."""
         ppo, size = self.task.ppo, self.task.micro_batch_size
         parts = [
             [rows[start : start + size] for start in range(0, len(rows), size)] for rows in samples
         ]
-        observed = [[self._observed(rows, scoring) for rows in part] for part in parts]
-        minibatches = [
-            [with_reference(batch, rows) for batch, rows in zip(*both, strict=True)]
-            for both in zip(observed, parts, strict=True)
-        ]
+        works = [self._observed(rows) for part in parts for rows in part]
+        observed = iter([batch for (batch,) in self._run(works)])
+        minibatches = [[with_reference(next(observed), rows) for rows in part] for part in parts]
         coefficient = self.kl_coefficient if ppo.kl_place == "reward" else 0.0
         if self.value is None:
             minibatches = with_group_advantages(
@@ -186,38 +180,44 @@ class Learner:
             ]
         return whiten_advantages(minibatches) if ppo.whitens_advantages else minibatches
 
-    def _observed(self, rows: Sequence[Experience], scoring: Callable[[], bool]) -> ExperienceBatch:
-        """Samples with the log-probabilities and values of before the update."""
-        batch = collate(rows, self.policy.engine.device)
-        # With more threads than processors all of them would be slow.
-        others = self.task.scoring_threads
-        with training.sparing_threads(others if others and scoring() else 0):
-            if self.task.ppo.old_logprobs == "learner":
-                old_BT = self.policy.logprobs(batch)
-            else:
-                old_BT = batch.sampled_logprobs_BT
-            batch = replace(batch, old_logprobs_BT=old_BT)
-            if self.value is None:
-                return batch
-            return replace(batch, values_BT=self.value.values(batch))
+    def _observed(self, samples: Sequence[Experience]) -> Iterator[ExperienceBatch]:
+        """Yields samples with the log-probabilities and values of before the update."""
+        batch = collate(samples, self.policy.engine.device)
+        if self.task.ppo.old_logprobs == "learner":
+            old_BT = self.policy.logprobs(batch)
+        else:
+            old_BT = batch.sampled_logprobs_BT
+        batch = replace(batch, old_logprobs_BT=old_BT)
+        if self.value is not None:
+            batch = replace(batch, values_BT=self.value.values(batch))
+        yield batch
 
-    def update(
-        self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int]
-    ) -> dict[str, float]:
+    def _run(self, works: Sequence[Iterator[T]]) -> list[list[T]]:
+        """Do some independent `works` at once, unless their collective calls (ZeRO 3 makes some in
+        every pass) must have one order."""
+        single = training.world_size() == 1 and self.task.engine.zero_stage < 3
+        return at_once(works) if single else in_turn(works)
+
+    def update(self, minibatches: MiniBatches, totals: Sequence[int]) -> dict[str, float]:
         """One gradient step of policy and value model per minibatch, whose answer tokens over all
         workers are `totals` (collective). While the critic warms up the policy makes none.
 
         Raises `FloatingPointError`, before the weights of that model have changed, for a loss or
         gradient that is not finite.
         """
-        sums, steps = [], []
+        sums, steps, sizes = [], [], []
         if self.iteration >= self.task.ppo.critic_warmup:
             sums.append(UpdateSums("policy"))
             steps.append(self._policy_steps(minibatches, totals, sums[-1]))
+            sizes.append(sum(self.policy.engine.sizes().values()))
         if self.value is not None:
             sums.append(UpdateSums("value"))
             steps.append(self._value_steps(self.value, minibatches, totals, sums[-1]))
-        training.run_at_once(steps)  # the two have nothing in common
+            sizes.append(sum(self.value.engine.sizes().values()))
+        if len(steps) == 2:  # they have nothing in common: at once, as long as both have steps
+            counts = [round(len(totals) * min(sizes) / size) for size in sizes]
+            self._run([islice(of, count) for of, count in zip(steps, counts, strict=True)])
+        in_turn(steps)
         self.iteration += 1
         found: dict[str, float] = {}
         for part in sums:
@@ -225,7 +225,7 @@ class Learner:
         return found
 
     def _policy_steps(
-        self, minibatches: list[list[ExperienceBatch]], totals: Sequence[int], sums: UpdateSums
+        self, minibatches: MiniBatches, totals: Sequence[int], sums: UpdateSums
     ) -> Iterator[None]:
         """The policy's part of an update; yields after each step."""
         ppo = self.task.ppo
@@ -249,7 +249,7 @@ class Learner:
     def _value_steps(
         self,
         value: Value,
-        minibatches: list[list[ExperienceBatch]],
+        minibatches: MiniBatches,
         totals: Sequence[int],
         sums: UpdateSums,
     ) -> Iterator[None]:

@@ -73,7 +73,7 @@ def _learn_once(learner: Learner, version: Version) -> dict[str, float]:
     """Sample with the weights `version` and learn from it. Returns what is to be recorded."""
     share = learner.share(version)
     started = time.perf_counter()
-    minibatches = learner.experience(gather(share), lambda: is_scoring(share))
+    minibatches = learner.experience(gather(share))
     metrics = share.metrics | measure(minibatches, has_critic=learner.value is not None)
     learning = time.perf_counter()
     metrics |= {
@@ -102,14 +102,6 @@ def gather(share: Share) -> list[list[Experience]]:
         )
 
     return [[experience(place) for place in part.places] for part in share.minibatches]
-
-
-def is_scoring(share: Share) -> bool:
-    """Whether the reference is still at work on a share's chunks."""
-    _, left = ray.wait(
-        share.references, num_returns=len(share.references), timeout=0, fetch_local=False
-    )
-    return bool(left)
 
 
 def _tracker(task: LearnTask, first_step: int) -> Tracker:

@@ -9,10 +9,7 @@ import logging
 import math
 import random
 import textwrap
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,53 +157,6 @@ def all_reduce(values: torch.Tensor) -> torch.Tensor:
         return values.copy_(summed)
     torch.distributed.all_reduce(values)
     return values
-
-
-@contextmanager
-def sparing_threads(count: int) -> Iterator[None]:
-    """Let this worker's CPU operations take `count` threads fewer, but at least one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads - count))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def run_at_once(works: Sequence[Iterator[None]]) -> None:
-    """Run independent `works`, the longest first, to their ends. Raises what one of them raises,
-    after all have ended.
-
-    A lone worker on the CPU gives each a thread of its own and an equal share of its CPU threads:
-    threads that need not wait for each other lose less time. Where a work yields, it takes over
-    those of works that ended. Workers that wait for each other run one work after the other, so
-    that all make their collective calls in the same order.
-    """
-    threads = torch.get_num_threads()
-    if world_size() > 1 or torch.cuda.is_available() or not 1 < len(works) <= threads:
-        for work in works:
-            deque(work, maxlen=0)
-        return
-    running = set(range(len(works)))
-
-    def run(number: int) -> None:
-        torch.set_num_threads(threads // len(works))
-        try:
-            for _ in works[number]:
-                torch.set_num_threads(threads // len(running))
-        finally:
-            running.remove(number)
-
-    try:
-        with ThreadPoolExecutor(len(works) - 1) as pool:
-            calls = [pool.submit(run, number) for number in range(1, len(works))]
-            # The longest in this very thread, which has its helpers already: GNU's OpenMP lets all
-            # threads of a process that has more than processors sleep after each operation.
-            run(0)
-    finally:
-        torch.set_num_threads(threads)
-    for call in calls:
-        call.result()
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -284,6 +284,7 @@ def train(
             world_seed=prompts.world_seed,
             timeout=config.timeout,
             ppo=config.ppo,
+            in_turn=not any(workers.gpus for workers in roles(config, rewards).values()),
         )
         coordinator = Coordinator.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             rollouts,
@@ -325,8 +326,6 @@ def _learn_task(
     generators: Any,
 ) -> LearnTask:
     updates = config.iterations * config.batch_size // config.minibatch_size
-    spares = config.learner.threads > 1 and not config.learner.gpus
-    scoring = config.reference.count * config.reference.threads if spares else 0
     return LearnTask(
         run=run,
         policy=models.policy,
@@ -350,7 +349,6 @@ def _learn_task(
         timeout=config.timeout,
         patience=config.patience,
         seed=config.seed,
-        scoring_threads=scoring,
     )
 
 

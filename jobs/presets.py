@@ -64,7 +64,8 @@ def tiny() -> Preset:
             iterations=24, batch_size=256, minibatch_size=64, micro_batch_size=32,
             max_new_tokens=48, lr=1e-4, value_lr=1e-3, heldout_prompts=1024,
             ppo=PPOSettings(kl_coefficient=0.1), engine=engine, learner=pair,
-            generator=GeneratorConfig(count=2, cpus=0.2), reference=small, rewards=small,
+            generator=GeneratorConfig(count=2, cpus=0.2),
+            reference=replace(small, threads=2), rewards=small,  # one for each of two scores
             eval_every=12, save_every=8, timeout=300,
         ),
     )  # fmt: skip

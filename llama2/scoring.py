@@ -5,16 +5,20 @@ each (`llama2/documents.py`). Shapes: B rows (here 1), T tokens, D model width, 
 likelihood is asked.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llama2.at_once import at_once
 from llama2.batches import FloatArray, TokenArray, TokenSequence
 from llama2.model import ScalarModel, Transformer
+from llama2.packing import balance
 
+T = TypeVar("T")
 Tokens = Sequence[int] | TokenArray
 BATCH_TOKENS = 16_384
 """Tokens whose activations are held at a time; a longer sequence goes by itself."""
@@ -31,7 +35,6 @@ class Likelihood:
     greedy: bool
 
 
-@torch.inference_mode()
 def continuations(
     model: Transformer,
     pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
@@ -54,9 +57,9 @@ def continuations(
     for index, (context, continuation) in enumerate(pairs):
         assert len(context) and len(continuation)
         asked.setdefault(tuple([*context, *continuation][-room - 1 : -1]), []).append(index)
-    found: dict[int, Likelihood] = {}
     inputs = list(asked)
-    for numbers in _numbered([len(tokens) for tokens in inputs], batch_tokens):
+
+    def measure(numbers: list[int]) -> dict[int, Likelihood]:
         batch = [inputs[i] for i in numbers]
         starts = _starts(batch)
         owners = [i for tokens in batch for i in asked[tokens]]
@@ -65,10 +68,14 @@ def continuations(
         places = [p for last, n in zip(lasts, counts, strict=True) for p in range(last - n, last)]
         targets = [token for i in owners for token in pairs[i][1]]
         logprobs, greedy = _likelihoods(model, _hidden(model, batch, places), targets)
-        ends = np.cumsum(counts)
-        for i, end, n in zip(owners, ends.tolist(), counts, strict=True):
-            part = slice(end - n, end)
-            found[i] = Likelihood(sum(logprobs[part]), all(greedy[part]))
+        ends = np.cumsum(counts).tolist()
+        parts = [slice(end - n, end) for end, n in zip(ends, counts, strict=True)]
+        return {
+            i: Likelihood(sum(logprobs[part]), all(greedy[part]))
+            for i, part in zip(owners, parts, strict=True)
+        }
+
+    found = _by_batch([len(tokens) for tokens in inputs], batch_tokens, measure)
     return [found[i] for i in range(len(pairs))]
 
 
@@ -80,14 +87,13 @@ def sequence_logprobs(
     return [float(of_targets.sum(dtype=np.float64)) for of_targets in found]
 
 
-@torch.inference_mode()
 def target_logprobs(
     model: Transformer, sequences: Sequence[TokenSequence], batch_tokens: int = BATCH_TOKENS
 ) -> list[FloatArray]:
     """Log-probability of each of a sequence's targets given all before it, in nats."""
-    found: dict[int, FloatArray] = {}
     inputs = [sequence.tokens[:-1] for sequence in sequences]
-    for numbers in _numbered([len(tokens) for tokens in inputs], batch_tokens):
+
+    def measure(numbers: list[int]) -> dict[int, FloatArray]:
         batch = [inputs[i] for i in numbers]
         wanted = [np.flatnonzero(sequences[i].is_target[1:]) for i in numbers]
         places = np.concatenate([w + s for w, s in zip(wanted, _starts(batch), strict=True)])
@@ -96,17 +102,18 @@ def target_logprobs(
         ]
         logprobs_N = _logprobs(model, _hidden(model, batch, places.tolist()), targets)
         parts = logprobs_N.cpu().split([len(w) for w in wanted])
-        found.update({i: part.numpy() for i, part in zip(numbers, parts, strict=True)})
+        return {i: part.numpy() for i, part in zip(numbers, parts, strict=True)}
+
+    found = _by_batch([len(tokens) for tokens in inputs], batch_tokens, measure)
     return [found[i] for i in range(len(sequences))]
 
 
-@torch.inference_mode()
 def last_scores(
     model: ScalarModel, sequences: Sequence[Tokens], batch_tokens: int = BATCH_TOKENS
 ) -> list[float]:
     """What a reward model says at the last token of each sequence, before the sigmoid."""
-    found: dict[int, float] = {}
-    for numbers in _numbered([len(tokens) for tokens in sequences], batch_tokens):
+
+    def measure(numbers: list[int]) -> dict[int, float]:
         batch = [sequences[i] for i in numbers]
         tokens_BT, segments_BT = _row(batch)
         device = model.score.weight.device
@@ -114,15 +121,35 @@ def last_scores(
         is_end_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
         is_end_BT[0, ends] = True
         scores_T = model(tokens_BT.to(device), segments_BT.to(device), is_end_BT.to(device))[0]
-        found.update(zip(numbers, scores_T.cpu()[ends].tolist(), strict=True))
+        return dict(zip(numbers, scores_T.cpu()[ends].tolist(), strict=True))
+
+    found = _by_batch([len(tokens) for tokens in sequences], batch_tokens, measure)
     return [found[i] for i in range(len(sequences))]
 
 
-def _numbered(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def _by_batch(
+    lengths: Sequence[int], batch_tokens: int, measure: Callable[[list[int]], dict[int, T]]
+) -> dict[int, T]:
+    """What `measure` finds for batches of indices, as many of them at once as there are CPU
+    threads."""
+    threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    parts = [part for part in balance(lengths, threads) if part]
+
+    def work(part: list[int]) -> Iterator[dict[int, T]]:
+        for batch in _batches(part, lengths, batch_tokens // len(parts)):
+            with torch.inference_mode():  # which a thread has for itself
+                found = measure(batch)
+            yield found
+
+    found = at_once([work(part) for part in parts])
+    return {i: value for of_work in found for batch in of_work for i, value in batch.items()}
+
+
+def _batches(part: list[int], lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices by batch, longest first, of at most `batch_tokens` unless one alone is longer."""
     batch: list[int] = []
     held = 0
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in sorted(part, key=lambda i: -lengths[i]):
         if batch and held + lengths[index] > batch_tokens:
             yield batch
             batch, held = [], 0

@@ -74,7 +74,7 @@ async def helpfulness(rollout: Rollout) -> Scores:
 
 def roll_out(generators: Any, requests: Sequence[Request], replicas: int) -> Answers:
     coordinator = made(generators, replicas)
-    coordinator._task = SimpleNamespace(timeout=5.0)
+    coordinator._task = SimpleNamespace(timeout=5.0, in_turn=False)
     found: Answers = asyncio.run(coordinator._roll_out(requests, NOW, SAMPLING))
     return found
 
@@ -91,13 +91,22 @@ def made(generators: Any, replicas: int) -> Any:
     return coordinator
 
 
-def shares(ppo: PPOSettings, iteration: int, world: int) -> tuple[list[Share], list[int]]:
+def shares(
+    ppo: PPOSettings,
+    iteration: int,
+    world: int,
+    in_turn: bool = False,
+    reference: Callable[[Rollout], Any] | None = None,
+    timeout: float = 5.0,
+) -> tuple[list[Share], list[int]]:
     """All workers' shares of an iteration with eight samples, and the prompts asked, by slot."""
     coordinator = made(Generators(lambda _, __: NOW), 2)
+    if reference is not None:
+        coordinator._references = [SimpleNamespace(score=method(reference))]
     prompts = tuple(Prompt((), safety=False, source=str(i)) for i in range(5))
     task = SimpleNamespace(
-        prompts=prompts, batch_size=8, minibatch_size=4, sampling=SAMPLING, seed=0, timeout=5.0,
-        ppo=ppo,
+        prompts=prompts, batch_size=8, minibatch_size=4, sampling=SAMPLING, seed=0,
+        timeout=timeout, ppo=ppo, in_turn=in_turn,
     )  # fmt: skip
     asked: list[int] = []
 
@@ -205,3 +214,40 @@ def test_a_replica_that_is_lost_for_good_ends_the_attempts(no_waiting: list[floa
     with pytest.raises(EngineFailed, match="no numbers"):
         roll_out(Generators(version), requests([4]), 1)
     assert no_waiting == [1.0, 2.0, 4.0, 8.0, 16.0]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_the_reference_begins_at_once_or_when_the_rewards_are_there(in_turn: bool) -> None:
+    order: list[str] = []
+
+    async def score(rollout: Rollout) -> Scores:
+        await asyncio.sleep(0.01)
+        order.append("reward")
+        return await helpfulness(rollout)
+
+    def refer(rollout: Rollout) -> ReferenceLogprobs:
+        order.append("reference")
+        return ReferenceLogprobs((), ())
+
+    coordinator = made(Generators(lambda _, __: NOW), 1)
+    coordinator._helpfulness = coordinator._safety = [SimpleNamespace(score=method(score))]
+    coordinator._references = [SimpleNamespace(score=method(refer))]
+    coordinator._task = SimpleNamespace(timeout=5.0, in_turn=in_turn)
+    asyncio.run(coordinator._roll_out(requests([3]), NOW, SAMPLING))
+    rewards = ["reward", "reward"]
+    assert order == ([*rewards, "reference"] if in_turn else ["reference", *rewards])
+
+
+def test_in_turn_a_share_comes_when_the_reference_has_ended() -> None:
+    async def never(rollout: Rollout) -> ReferenceLogprobs:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def soon(rollout: Rollout) -> ReferenceLogprobs:
+        await asyncio.sleep(0.05)
+        return ReferenceLogprobs((), ())
+
+    found, _ = shares(PPOSettings(), 0, 2, in_turn=True, reference=soon)
+    assert all(share.metrics["time/reference"] >= 0.05 for share in found)
+    with pytest.raises(TimeoutError, match=r"^the reference took more than 0.1 s"):
+        shares(PPOSettings(), 0, 2, in_turn=True, reference=never, timeout=0.1)

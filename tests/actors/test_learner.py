@@ -64,13 +64,14 @@ def test_a_reward_that_is_no_number_stops_before_the_weights_change() -> None:
     totals = [sum(len(e.sample.response) for e in minibatch) for minibatch in samples()]
     batches = worker.experience(samples())
     broken = [replace(batch, advantages_BT=batch.advantages_BT * math.nan) for batch in batches[1]]
-    with pytest.raises(FloatingPointError, match="loss is nan in iteration 0, minibatch 1"):
+    with pytest.raises(FloatingPointError, match="policy loss is nan in iteration 0, minibatch 1"):
         worker.update([batches[0], broken], totals[:2])
     once = ppo_worker(PPO, 3e-3)
     once.update([batches[0]], totals[:1])
     after = weights(worker)
     for name, tensor in weights(once).items():
-        assert torch.equal(tensor, after[name])
+        if name.startswith("policy"):  # the value model's own loss is one
+            assert torch.equal(tensor, after[name])
     assert not torch.equal(after["policy.lm_head.weight"], before["policy.lm_head.weight"])
     close(worker)
     close(once)

@@ -43,7 +43,7 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 SAMPLES, TOKENS, MINIBATCH = 64, 64, 8
 WARMUP = 2
-PHASES = ("publish", "generate", "score", "experience", "update")
+PHASES = ("publish", "generate", "score", "reference", "experience", "update")
 WITHIN = ("update_policy", "update_value")
 """At the same time, both within the update."""
 WORDS = TEXT.split()
@@ -90,8 +90,7 @@ def config(root: Path, iterations: int, threads: int) -> PPOConfig:
         max_new_tokens=TOKENS, eval_every=10_000, save_every=10_000, lr=1e-6, value_lr=1e-6,
         engine=EngineConfig(zero_stage=1, precision="bfloat16"), learner=both,
         generator=GeneratorConfig(count=2, cpus=0.1),
-        # Reference and reward model score at the same time.
-        reference=Workers(cpus=0.2), rewards=Workers(cpus=0.1),
+        reference=replace(both, cpus=0.1), rewards=replace(both, cpus=0.1),
         cluster=ClusterConfig(local_cpus=2),
     )  # fmt: skip
 
