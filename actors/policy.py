@@ -46,7 +46,8 @@ class Policy:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [N], and the entropy there [N] where the model tells
         it."""
-        found: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
+        run = self.engine if torch.is_grad_enabled() else self.engine.module
+        found: Tensor = run(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
         return (found[0], found[1]) if self._tells_entropy else (found, None)
 
     def loss(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama2.at_once import at_once
+from llama2.at_once import at_a_time, at_once
 from llama2.batches import FloatArray, TokenArray, TokenSequence
 from llama2.model import ScalarModel, Transformer
 from llama2.packing import balance
@@ -132,8 +132,7 @@ def _by_batch(
 ) -> dict[int, T]:
     """What `measure` finds for batches of indices, as many of them at once as there are CPU
     threads."""
-    threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
-    parts = [part for part in balance(lengths, threads) if part]
+    parts = balance(lengths, at_a_time(len(lengths)))
 
     def work(part: list[int]) -> Iterator[dict[int, T]]:
         for batch in _batches(part, lengths, batch_tokens // len(parts)):
