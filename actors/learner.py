@@ -214,8 +214,8 @@ class Learner:
             sums.append(UpdateSums("value"))
             steps.append(self._value_steps(self.value, minibatches, totals, sums[-1]))
             sizes.append(sum(self.value.engine.sizes().values()))
-        if len(steps) == 2:  # they have nothing in common: at once, as long as both have steps
-            counts = [round(len(totals) * min(sizes) / size) for size in sizes]
+        counts = [round(len(totals) * min(sizes) / size) for size in sizes]
+        if len(steps) == 2 and min(counts):  # at once, as long as both have steps
             self._run([islice(of, count) for of, count in zip(steps, counts, strict=True)])
         in_turn(steps)
         self.iteration += 1

@@ -169,7 +169,8 @@ class PPOConfig(JobConfig):
     minibatch_size: int = 64
     """Samples per gradient step, over all workers."""
     micro_batch_size: int = 8
-    """Samples whose activations a worker holds at a time."""
+    """Samples whose activations a pass of a worker holds at a time. Passes of a lone worker on CPUs
+    may run at the same time, each with one of its threads."""
     max_new_tokens: int = 1024
     """Longest answer."""
     temperature: float = 1.0

@@ -255,6 +255,13 @@ def roles(config: PPOConfig, rewards: Rewards) -> dict[str, Workers]:
     }
 
 
+def shares_processors(config: PPOConfig, rewards: Rewards) -> bool:
+    """Whether reward models, reference and learner compute on CPUs, which may be the same."""
+    models = [source for source in (rewards.helpfulness, rewards.safety) if not source.function]
+    used = config.learner, config.reference, *(source.workers(config.rewards) for source in models)
+    return bool(models) and not any(workers.gpus for workers in used)
+
+
 def train(
     config: PPOConfig,
     run: RunDirectory,
@@ -284,7 +291,7 @@ def train(
             world_seed=prompts.world_seed,
             timeout=config.timeout,
             ppo=config.ppo,
-            in_turn=not any(workers.gpus for workers in roles(config, rewards).values()),
+            in_turn=shares_processors(config, rewards),
         )
         coordinator = Coordinator.options(scheduling_strategy=here).remote(  # type: ignore[attr-defined]
             rollouts,

@@ -113,6 +113,8 @@ def last_scores(
 ) -> list[float]:
     """What a reward model says at the last token of each sequence, before the sigmoid."""
 
+    assert all(len(tokens) for tokens in sequences), "a sequence without a last token"
+
     def measure(numbers: list[int]) -> dict[int, float]:
         batch = [sequences[i] for i in numbers]
         tokens_BT, segments_BT = _row(batch)
@@ -132,7 +134,8 @@ def _by_batch(
 ) -> dict[int, T]:
     """What `measure` finds for batches of indices, as many of them at once as there are CPU
     threads."""
-    parts = balance(lengths, at_a_time(len(lengths)))
+    room = batch_tokens // max([1, *lengths])  # for whole sequences at a time
+    parts = balance(lengths, at_a_time(min(len(lengths), room)))
 
     def work(part: list[int]) -> Iterator[dict[int, T]]:
         for batch in _batches(part, lengths, batch_tokens // len(parts)):

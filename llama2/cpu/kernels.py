@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import threading
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -27,12 +28,18 @@ FUNCTIONS: dict[str, list[Any]] = {
 """Arguments of each; none returns anything."""
 
 logger = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 
 
-@cache
 def kernels() -> ctypes.CDLL | None:
     """The library; None where this processor lacks bfloat16 instructions, or, with a warning, where
     it cannot be compiled."""
+    with _one_at_a_time:
+        return _kernels()
+
+
+@cache
+def _kernels() -> ctypes.CDLL | None:
     if not _suits_processor():
         return None
     try:

@@ -107,9 +107,11 @@ def test_the_baseline_is_that_of_the_whole_group(root: Path) -> None:
 
 
 @ALONE
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
+)
 def test_policy_and_value_model_at_once_learn_what_they_learn_in_turn(
-    root: Path, monkeypatch: pytest.MonkeyPatch, precision: Any
+    root: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, stage: Any
 ) -> None:
     """And a run is the same to the bit each time, whoever is quicker. Where an operation in float32
     has one thread instead of two, it may round otherwise."""
@@ -124,8 +126,8 @@ def test_policy_and_value_model_at_once_learn_what_they_learn_in_turn(
                 return way(works)
 
             monkeypatch.setattr(learner_module, "at_once", spied)
-            engine = EngineConfig(zero_stage=1, precision=precision)
-            learner = started(learn_task(root, f"at-once-{precision}", ALL, engine=engine))
+            engine = EngineConfig(zero_stage=stage, precision=precision)
+            learner = started(learn_task(root, f"at-once-{precision}-{stage}", ALL, engine=engine))
             numbers = [iterate(learner, root) for _ in range(3)]
             found.append((numbers, weights(learner, "policy"), weights(learner, "value")))
             close(learner)
@@ -147,6 +149,17 @@ def test_passes_of_zero_3_go_in_turn(root: Path, monkeypatch: pytest.MonkeyPatch
     engine = EngineConfig(zero_stage=3)
     learner = started(learn_task(root, "zero-3", PPOSettings(), engine=engine))
     assert math.isfinite(iterate(learner, root)["value/loss"])
+    close(learner)
+
+
+@ALONE
+def test_work_of_several_workers_goes_in_turn(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else their collective calls could meet each other's in another order."""
+    learner = started(learn_task(root, "in-turn", PPOSettings()))
+    monkeypatch.setattr(learner_module, "at_once", lambda works: "at once")
+    assert learner._run([iter([1]), iter([2])]) == "at once"
+    monkeypatch.setattr(training, "world_size", lambda: 2)
+    assert learner._run([iter([1]), iter([2])]) == [[1], [2]]
     close(learner)
 
 

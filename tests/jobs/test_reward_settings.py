@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.placement import Workers
 from cluster.run_directory import RunDirectory
 from jobs import ppo, reward_model
 from jobs.configs import RewardModelConfig
@@ -121,3 +123,15 @@ def test_the_papers_mixes_are_the_defaults_of_its_sizes() -> None:
         found = preset(name)
         assert (found.helpfulness.other_share, found.helpfulness.safety_weight) == (0.5, 0.0)
         assert (found.safety.other_share, found.safety.safety_weight) == (0.1, 1.0)
+
+
+def test_roles_share_processors_unless_one_has_a_gpu_or_no_model_scores() -> None:
+    config, with_gpu = TINY.ppo, Workers(gpus=1.0)
+    assert ppo.shares_processors(config, Rewards.find(config))
+    for name in ("learner", "reference", "rewards"):
+        given: Any = {name: with_gpu}
+        assert not ppo.shares_processors(replace(config, **given), Rewards.find(config))
+    one = replace(config, safety_reward="module:function")
+    assert ppo.shares_processors(one, Rewards.find(one))
+    both = replace(one, helpfulness_reward="https://scorer.example")
+    assert not ppo.shares_processors(both, Rewards.find(both))

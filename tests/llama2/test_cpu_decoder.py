@@ -227,12 +227,12 @@ def test_without_a_compiler_operators_do_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(kernels, "_suits_processor", lambda: True)
-    kernels.kernels.cache_clear()
+    kernels._kernels.cache_clear()
     try:
         engine = Engine(made(CONFIG))
         completions = engine.generate([[1, 5, 9]], Sampling(max_new_tokens=5, stop_ids=()))
     finally:
-        kernels.kernels.cache_clear()
+        kernels._kernels.cache_clear()
     assert len(completions[0].tokens) == 5
     assert "There is no C++ compiler" in caplog.text
 

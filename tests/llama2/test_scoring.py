@@ -1,6 +1,7 @@
 """Likelihoods and scores against transformers, one sequence at a time, without packing."""
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,16 @@ from llama2.batches import TokenSequence
 from tests.llama2.model_folders import SMALL, causal, sequence_classifier
 
 VOCABULARY, CONTEXT = SMALL["vocab_size"], SMALL["max_position_embeddings"]
+
+
+@pytest.fixture(autouse=True, params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With more than one thread parts of the sequences are scored at the same time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    assert torch.get_num_threads() == request.param
+    torch.set_num_threads(before)
 
 
 def drawn(draw: random.Random, least: int, most: int) -> list[int]:
@@ -67,6 +78,13 @@ def test_sequences(tmp_path: Path, batch_tokens: int) -> None:
             logprobs = reference(tokens[None, :-1]).logits[0].log_softmax(-1)
         chosen = logprobs.gather(1, tokens[1:, None])[:, 0]
         assert logprob == pytest.approx(float(chosen[sequence.is_target[1:]].sum()), abs=1e-3)
+    each = scoring.target_logprobs(checkpoint.load(tmp_path), sequences, batch_tokens)
+    for sequence, logprobs in zip(sequences, each, strict=True):
+        tokens = torch.from_numpy(sequence.tokens)
+        with torch.no_grad():
+            expected = reference(tokens[None, :-1]).logits[0].log_softmax(-1)
+        chosen = expected.gather(1, tokens[1:, None])[:, 0][sequence.is_target[1:]]
+        np.testing.assert_allclose(logprobs, chosen.numpy(), atol=1e-3)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
@@ -75,7 +93,10 @@ def test_scores_are_read_at_the_last_token(tmp_path: Path, batch_tokens: int) ->
     reference.save_pretrained(tmp_path)
     draw = random.Random(2)
     sequences = [drawn(draw, 1, 50) for _ in range(9)]
-    found = scoring.last_scores(checkpoint.load_scalar(tmp_path), sequences, batch_tokens)
+    model = checkpoint.load_scalar(tmp_path)
+    found = scoring.last_scores(model, sequences, batch_tokens)
+    with pytest.raises(AssertionError, match="without a last token"):
+        scoring.last_scores(model, [[5, 6], []], batch_tokens)
     for tokens, score in zip(sequences, found, strict=True):
         with torch.no_grad():
             assert score == pytest.approx(reference(torch.tensor([tokens])).logits.item(), abs=1e-3)
