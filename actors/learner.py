@@ -82,6 +82,17 @@ class LearnTask:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class ModelUpdate:
+    """The update of one model."""
+
+    sums: UpdateSums
+    steps: Iterator[None]
+    """Each is made when it is drawn."""
+    size: int
+    """Elements that are trained, to which a step's time is about proportional."""
+
+
 @dataclass
 class Learner:
     """The state of one worker; `actors/learning.py` drives it."""
@@ -205,24 +216,28 @@ class Learner:
         Raises `FloatingPointError`, before the weights of that model have changed, for a loss or
         gradient that is not finite.
         """
-        sums, steps, sizes = [], [], []
-        if self.iteration >= self.task.ppo.critic_warmup:
-            sums.append(UpdateSums("policy"))
-            steps.append(self._policy_steps(minibatches, totals, sums[-1]))
-            sizes.append(sum(self.policy.engine.sizes().values()))
-        if self.value is not None:
-            sums.append(UpdateSums("value"))
-            steps.append(self._value_steps(self.value, minibatches, totals, sums[-1]))
-            sizes.append(sum(self.value.engine.sizes().values()))
-        counts = [round(len(totals) * min(sizes) / size) for size in sizes]
-        if len(steps) == 2 and min(counts):  # at once, as long as both have steps
-            self._run([islice(of, count) for of, count in zip(steps, counts, strict=True)])
-        in_turn(steps)
+        updates = list(self._updates(minibatches, totals))
+        smallest = min(update.size for update in updates)
+        counts = [round(len(totals) * smallest / update.size) for update in updates]
+        if len(updates) == 2 and min(counts):  # at once, as long as both have steps
+            self._run([islice(update.steps, n) for update, n in zip(updates, counts, strict=True)])
+        in_turn([update.steps for update in updates])
         self.iteration += 1
         found: dict[str, float] = {}
-        for part in sums:
-            found |= part.metrics(len(minibatches), sum(totals))
+        for update in updates:
+            found |= update.sums.metrics(len(minibatches), sum(totals))
         return found
+
+    def _updates(self, minibatches: MiniBatches, totals: Sequence[int]) -> Iterator[ModelUpdate]:
+        """Those of the models that learn in this iteration."""
+        if self.iteration >= self.task.ppo.critic_warmup:
+            sums = UpdateSums("policy")
+            steps = self._policy_steps(minibatches, totals, sums)
+            yield ModelUpdate(sums, steps, sum(self.policy.engine.sizes().values()))
+        if self.value is not None:
+            sums = UpdateSums("value")
+            steps = self._value_steps(self.value, minibatches, totals, sums)
+            yield ModelUpdate(sums, steps, sum(self.value.engine.sizes().values()))
 
     def _policy_steps(
         self, minibatches: MiniBatches, totals: Sequence[int], sums: UpdateSums

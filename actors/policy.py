@@ -46,8 +46,8 @@ class Policy:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [N], and the entropy there [N] where the model tells
         it."""
-        run = self.engine if torch.is_grad_enabled() else self.engine.module
-        found: Tensor = run(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
+        tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
+        found: Tensor = self.engine(tokens_BT, segments_BT, targets_BT=batch.targets_BT)
         return (found[0], found[1]) if self._tells_entropy else (found, None)
 
     def loss(

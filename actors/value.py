@@ -19,8 +19,7 @@ class Value:
     @torch.no_grad()
     def values(self, batch: ExperienceBatch) -> Tensor:
         """Value of the state before each answer token, [B, T], 0 elsewhere."""
-        asked = batch.tokens_BT, batch.segments_BT, batch.mask_BT
-        values_BT: Tensor = self.engine.module(*asked)
+        values_BT: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, batch.mask_BT)
         return values_BT
 
     def loss(self, batch: ExperienceBatch, total: int) -> Tensor:

@@ -148,13 +148,18 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        """The wrapped module, as for `Engine.__call__` without gradients."""
+        """The wrapped module."""
         module: nn.Module = self._engine.module
         return module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
-        return self._engine(*args, **kwargs)
+        """The module's forward pass.
+
+        Without gradients it is the module's own, which several threads may run at once: DeepSpeed's
+        prepares for a backward pass.
+        """
+        run = self._engine if torch.is_grad_enabled() else self.module
+        return run(*args, **kwargs)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, this rank's and micro-batch's part of the global loss.
