@@ -136,6 +136,8 @@ class Engine:
         if has_buffers:
             gradients.gather_at_once(self._engine.optimizer)
         alone = self.world_size == 1 and has_buffers
+        if alone:
+            gradients.overwrite(self._engine.optimizer)
         self._engine.enable_backward_allreduce = config.zero_stage > 0 and not alone
         self.updates = 0
         """Steps made: the position in the schedule."""

@@ -22,6 +22,24 @@ def gather_at_once(optimizer: Any) -> None:
             optimizer._grad_acc_hooks.append(hook)
 
 
+def overwrite(optimizer: Any) -> None:
+    """Leave the gradients of a step in the buffers of `optimizer` until the next ones replace them,
+    instead of zeroing all after each step. After `gather_at_once`, in a group of one: a reduction
+    would take for a gradient what is left of a parameter that has none.
+    """
+    optimizer.fp32_groups_gradients_flat.clear()  # what DeepSpeed zeroes
+    zero = partial(_zero_missing, optimizer)
+    optimizer._grad_acc_hooks.append(optimizer.optimizer.register_step_pre_hook(zero))
+
+
+def _zero_missing(optimizer: Any, *_: Any) -> None:
+    groups = zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True)
+    for totals, found in groups:
+        for total, is_there in zip(totals, found, strict=True):
+            if not is_there:
+                total.zero_()
+
+
 def _move(optimizer: Any, group: int, place: int, parameter: nn.Parameter) -> None:
     assert parameter.grad is not None
     total = optimizer.fp32_groups_gradients[group][place]

@@ -32,6 +32,25 @@ def worker() -> None:
     assert engine.step()["grad_norm"] == pytest.approx((1 + small) * world, rel=1e-6)
 
 
+def forgetting() -> None:
+    """Two steps, the second with a gradient of one of two weights."""
+    world = torch.distributed.get_world_size()
+    net = nn.ModuleList([nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)])
+    engine = Engine(net, EngineConfig(precision="bfloat16", beta1=0.5), lambda _: 0.0)
+    one, other = net.parameters()
+    engine.backward((one + other).sum() / world)
+    engine.step()
+    engine.backward(0.5 * one.sum() / world)
+    assert engine.step()["grad_norm"] == 0.5
+    first = 0.5 / 2**0.5  # of what came before, clipped to a norm of 1
+    expected = {"0.weight": first / 2 + 0.25, "1.weight": first / 2}
+    held = {fragment.name: fragment.tensors["exp_avg"] for fragment in engine.fragments()}
+    momenta = {name: float(values) for name, values in held.items() if len(values)}
+    assert momenta or torch.distributed.get_rank()
+    for name, value in momenta.items():
+        assert value == pytest.approx(expected[name], rel=1e-5)
+
+
 def closing() -> None:
     engine = Engine(nn.Linear(2, 2), EngineConfig(precision="bfloat16"), lambda _: 0.0)
     engine.backward(engine(torch.ones(1, 2, dtype=torch.bfloat16)).sum())
@@ -41,6 +60,11 @@ def closing() -> None:
     del engine
     gc.collect()
     assert optimizer() is None
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_weight_without_a_gradient_does_not_get_its_last_one_again(world: int) -> None:
+    run_group(world, forgetting)
 
 
 def test_a_closed_engine_frees_its_optimizer() -> None:
