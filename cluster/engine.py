@@ -130,14 +130,14 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module, model_parameters=groups, config=settings
         )
-        # Without ZeRO, `step` reduces and clips itself; DeepSpeed's optimizer for bfloat16 would
-        # copy all gradients to a reduction with nobody.
         has_buffers = hasattr(self._engine.optimizer, "bf16_groups")
         if has_buffers:
             gradients.gather_at_once(self._engine.optimizer)
         alone = self.world_size == 1 and has_buffers
         if alone:
             gradients.overwrite(self._engine.optimizer)
+        # Without ZeRO, `step` reduces and clips itself; DeepSpeed's optimizer for bfloat16 would
+        # copy all gradients to a reduction with nobody.
         self._engine.enable_backward_allreduce = config.zero_stage > 0 and not alone
         self.updates = 0
         """Steps made: the position in the schedule."""
@@ -157,8 +157,8 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass.
 
-        Without gradients it is the module's own, which several threads may run at once: DeepSpeed's
-        prepares for a backward pass.
+        Without gradients it is the module's own, which several threads may run at once, unless
+        ZeRO 3 gathers weights in it: DeepSpeed's prepares for a backward pass.
         """
         run = self._engine if torch.is_grad_enabled() else self.module
         return run(*args, **kwargs)

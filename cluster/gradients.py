@@ -24,8 +24,8 @@ def gather_at_once(optimizer: Any) -> None:
 
 def overwrite(optimizer: Any) -> None:
     """Leave the gradients of a step in the buffers of `optimizer` until the next ones replace them,
-    instead of zeroing all after each step. After `gather_at_once`, in a group of one: a reduction
-    would take for a gradient what is left of a parameter that has none.
+    instead of zeroing all after each step; what is left of a parameter that gets no other is zeroed
+    before it would be applied. After `gather_at_once`, in a group of one: a reduction comes before.
     """
     optimizer.fp32_groups_gradients_flat.clear()  # what DeepSpeed zeroes
     zero = partial(_zero_missing, optimizer)
