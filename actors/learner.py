@@ -89,8 +89,12 @@ class ModelUpdate:
     sums: UpdateSums
     steps: Iterator[None]
     """Each is made when it is drawn."""
-    size: int
-    """Elements that are trained, to which a step's time is about proportional."""
+    engine: Engine
+
+    @property
+    def size(self) -> int:
+        """Elements that are trained, to which a step's time is about proportional."""
+        return sum(self.engine.sizes().values())
 
 
 @dataclass
@@ -217,8 +221,8 @@ class Learner:
         gradient that is not finite.
         """
         updates = list(self._updates(minibatches, totals))
-        smallest = min(update.size for update in updates)
-        counts = [round(len(totals) * smallest / update.size) for update in updates]
+        sizes = [update.size for update in updates]
+        counts = [round(len(totals) * min(sizes) / size) for size in sizes]
         if len(updates) == 2 and min(counts):  # at once, as long as both have steps
             self._run([islice(update.steps, n) for update, n in zip(updates, counts, strict=True)])
         in_turn([update.steps for update in updates])
@@ -233,11 +237,11 @@ class Learner:
         if self.iteration >= self.task.ppo.critic_warmup:
             sums = UpdateSums("policy")
             steps = self._policy_steps(minibatches, totals, sums)
-            yield ModelUpdate(sums, steps, sum(self.policy.engine.sizes().values()))
+            yield ModelUpdate(sums, steps, self.policy.engine)
         if self.value is not None:
             sums = UpdateSums("value")
             steps = self._value_steps(self.value, minibatches, totals, sums)
-            yield ModelUpdate(sums, steps, sum(self.value.engine.sizes().values()))
+            yield ModelUpdate(sums, steps, self.value.engine)
 
     def _policy_steps(
         self, minibatches: MiniBatches, totals: Sequence[int], sums: UpdateSums

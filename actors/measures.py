@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 import torch
 
-from actors.experience import ExperienceBatch
+from actors.experience import MiniBatches
 from cluster import training
 
 
-def measure(minibatches: list[list[ExperienceBatch]], has_critic: bool = True) -> dict[str, float]:
+def measure(minibatches: MiniBatches, has_critic: bool = True) -> dict[str, float]:
     """Means over the global batch of what was sampled, before any update (collective)."""
     sums = torch.zeros(8, dtype=torch.float64)
     for batch in (batch for minibatch in minibatches for batch in minibatch):

@@ -46,8 +46,7 @@ class Policy:
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probability of each target [N], and the entropy there [N] where the model tells
         it."""
-        tokens_BT, segments_BT = batch.tokens_BT, batch.segments_BT
-        found: Tensor = self.engine(tokens_BT, segments_BT, targets_BT=batch.targets_BT)
+        found: Tensor = self.engine(batch.tokens_BT, batch.segments_BT, targets_BT=batch.targets_BT)
         return (found[0], found[1]) if self._tells_entropy else (found, None)
 
     def loss(

@@ -112,7 +112,6 @@ def last_scores(
     model: ScalarModel, sequences: Sequence[Tokens], batch_tokens: int = BATCH_TOKENS
 ) -> list[float]:
     """What a reward model says at the last token of each sequence, before the sigmoid."""
-
     assert all(len(tokens) for tokens in sequences), "a sequence without a last token"
 
     def measure(numbers: list[int]) -> dict[int, float]:

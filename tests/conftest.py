@@ -31,3 +31,11 @@ def group_of_one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A group to the end of the session, since DeepSpeed holds on to the one that it saw first."""
     with group(tmp_path_factory.mktemp("group")):
         yield
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives this process back its number of torch's threads, which a test may change."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -111,28 +111,24 @@ def test_the_baseline_is_that_of_the_whole_group(root: Path) -> None:
     ("precision", "stage"), [("float32", 0), ("float32", 1), ("bfloat16", 1), ("bfloat16", 2)]
 )
 def test_policy_and_value_model_at_once_learn_what_they_learn_in_turn(
-    root: Path, monkeypatch: pytest.MonkeyPatch, precision: Any, stage: Any
+    root: Path, monkeypatch: pytest.MonkeyPatch, threads: None, precision: Any, stage: Any
 ) -> None:
     """And a run is the same to the bit each time, whoever is quicker. Where an operation in float32
     has one thread instead of two, it may round otherwise."""
     found, ways = [], []
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        for way in (at_once, at_once, in_turn):
+    for way in (at_once, at_once, in_turn):
 
-            def spied(works: Any, way: Any = way) -> Any:
-                ways.append((way, len(works)))
-                return way(works)
+        def spied(works: Any, way: Any = way) -> Any:
+            ways.append((way, len(works)))
+            return way(works)
 
-            monkeypatch.setattr(learner_module, "at_once", spied)
-            engine = EngineConfig(zero_stage=stage, precision=precision)
-            learner = started(learn_task(root, f"at-once-{precision}-{stage}", ALL, engine=engine))
-            numbers = [iterate(learner, root) for _ in range(3)]
-            found.append((numbers, weights(learner, "policy"), weights(learner, "value")))
-            close(learner)
-    finally:
-        torch.set_num_threads(before)
+        monkeypatch.setattr(learner_module, "at_once", spied)
+        engine = EngineConfig(zero_stage=stage, precision=precision)
+        learner = started(learn_task(root, f"at-once-{precision}-{stage}", ALL, engine=engine))
+        numbers = [iterate(learner, root) for _ in range(3)]
+        found.append((numbers, weights(learner, "policy"), weights(learner, "value")))
+        close(learner)
     (numbers, policy, value), again, in_turns = found
     assert numbers == again[0]
     assert same(policy, again[1])

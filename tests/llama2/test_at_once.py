@@ -12,13 +12,6 @@ from llama2.at_once import at_once, in_turn
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU works go in turn")
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def counting(number: int, count: int, pause: float = 0.0) -> Iterator[tuple[int, int]]:
     for i in range(count):
         time.sleep(pause)

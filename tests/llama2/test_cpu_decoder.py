@@ -3,7 +3,6 @@
 import copy
 import platform
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -53,13 +52,6 @@ def made(config: ModelConfig) -> Transformer:
 needed = pytest.mark.skipif(
     kernels_for(made(CONFIG).model) is None, reason="this processor or machine has no compiled step"
 )
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def decoder(model: Transformer, pages: int) -> CpuDecoder:

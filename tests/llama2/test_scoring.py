@@ -16,13 +16,11 @@ VOCABULARY, CONTEXT = SMALL["vocab_size"], SMALL["max_position_embeddings"]
 
 
 @pytest.fixture(autouse=True, params=[1, 2, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """With more than one thread parts of the sequences are scored at the same time."""
-    before = torch.get_num_threads()
+def number_of_threads(threads: None, request: pytest.FixtureRequest) -> Iterator[None]:
+    """With more than one parts of the sequences are scored at the same time."""
     torch.set_num_threads(request.param)
     yield
     assert torch.get_num_threads() == request.param
-    torch.set_num_threads(before)
 
 
 def drawn(draw: random.Random, least: int, most: int) -> list[int]:
