@@ -47,7 +47,7 @@ setup: .venv/.installed
 vllm: .venv-vllm/.installed
 
 vllm-test: vllm
-	.venv-vllm/bin/python -m pytest -m vllm tests/actors/test_vllm_backend.py $(ARGS)
+	.venv-vllm/bin/python -m pytest -m vllm tests/actors/test_vllm_*.py $(ARGS)
 
 # vLLM names three packages for images and sound without versions; what pip finds for them may be
 # built for another torch, which fails as vLLM imports it. Language models need none of them.

@@ -1,7 +1,6 @@
 """The generators on a real Serve: two replicas of a small model, which tests kill and break."""
 
 import asyncio
-import importlib.util
 import os
 import signal
 import tempfile
@@ -9,7 +8,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,17 +18,14 @@ from ray import serve
 from ray.serve.exceptions import BackPressureError
 
 from actors import retrying
-from actors.backend import cache_tokens
 from actors.engine_loop import EngineFailed
-from actors.generator import FROM_FOLDER, check_backend, deploy
+from actors.generator import FROM_FOLDER, deploy
 from actors.generator_config import GeneratorConfig
 from actors.records import Piece, Request, Sample
-from actors.replica_load import UNFINISHED, ReplicasForRequests
 from cluster import publishing
 from cluster.session import WORKER_ENVIRONMENT
 from cluster.weights import Version, WeightStore
 from llama2 import checkpoint
-from llama2.config import ModelConfig
 from llama2.generation import Completion, Engine, Sampling
 from tests.llama2.model_folders import causal
 
@@ -354,49 +349,3 @@ def test_replicas_are_added_where_requests_do_not_fit_a_batch(serving: Serving) 
     until(lambda: len(replicas("growing")) == 2, 120)
     call.cancel()
     serve.delete("growing")
-
-
-def test_as_many_replicas_as_requests_fill_batches() -> None:
-    policy = ReplicasForRequests(batch=8)
-
-    def wanted(queued: int, *unfinished: float) -> int:
-        metrics = {UNFINISHED: dict(enumerate(unfinished))} if unfinished else {}
-        context = SimpleNamespace(aggregated_metrics=metrics, total_queued_requests=queued)
-        return policy(context)[0]
-
-    assert [wanted(0), wanted(0, 8.0), wanted(1, 8.0), wanted(0, 9.5, 7.0)] == [1, 1, 2, 3]
-
-
-def test_a_generator_config_that_makes_no_sense_is_refused() -> None:
-    for changes, said in (
-        ({"count": 3, "max_count": 2}, "max_count 2 is below count 3"),
-        ({"max_batch_size": 0}, "max_batch_size must be at least 1, not 0"),
-        ({"cache_gib": -1}, "cache_gib must not be negative"),
-        ({"stuck_after": 0}, "stuck_after must be positive"),
-        ({"tensor_parallel": 2}, "tensor_parallel 2 needs the backend vllm"),
-        ({"threads": 0}, "threads at least 1"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            GeneratorConfig(**changes)  # type: ignore[arg-type]
-    assert GeneratorConfig(count=2).most == 2
-    assert GeneratorConfig(count=2, max_count=5).most == 5
-
-
-def test_the_cache_takes_as_many_tokens_as_fit() -> None:
-    config = ModelConfig(
-        vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-    )  # fmt: skip
-    # A token has 2 layers x 2 heads x 8 numbers of keys and of values: 64 numbers.
-    assert cache_tokens(config, 0.0, torch.float32) is None
-    assert cache_tokens(config, 1.0, torch.float32) == 2**30 // 256
-    assert cache_tokens(config, 1.0, torch.bfloat16) == 2**30 // 128
-    with pytest.raises(ValueError, match="less than one context of 1024 tokens takes"):
-        cache_tokens(config, 0.0001, torch.float32)
-
-
-def test_a_backend_that_is_not_installed_is_named_before_anything_starts() -> None:
-    if importlib.util.find_spec("vllm") is None:
-        with pytest.raises(ValueError, match="backend is vllm, which is not installed here"):
-            check_backend(GeneratorConfig(backend="vllm"))
-    check_backend(GeneratorConfig())

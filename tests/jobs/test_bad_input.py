@@ -1,134 +1,39 @@
 """What a user may get wrong is told in one sentence, before a worker or a cluster starts."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
-import torch
 
 from actors.generator_config import GeneratorConfig
-from cluster.placement import Workers, check_capacity
+from cluster.placement import Workers
 from cluster.run_directory import RunDirectory
 from jobs import cli, ppo, prepare, pretrain, reward_model, sft, training
-from jobs.configs import PPOConfig, PretrainConfig, SftConfig
+from jobs.configs import PretrainConfig
 from jobs.ppo import Models, find_prompts
 from jobs.presets import preset
 from llama2 import checkpoint
-from llama2.batches import TokenSequence
 from llama2.chat import Message, encode_prompt
-from llama2.config import ModelConfig
 from llama2.lora import LoraConfig
-from llama2.model import ScalarModel, Transformer, initialize
-from llama2.shards import Kind, Manifest, ShardWriter
-from llama2.tokenizer import load_tokenizer, train_tokenizer
+from llama2.tokenizer import load_tokenizer
+from tests.jobs.refusals import (
+    CONTEXT,
+    DIALOGUE,
+    TINY,
+    Folders,
+    SessionEntered,
+    jsonl,
+    ppo_config,
+    prepared,
+    refusal,
+    sft_config,
+)
 
-CONTEXT = 64
-TINY = preset("tiny")
-
-
-class SessionEntered(Exception):
-    """Everything was accepted: the next step would be to start Ray."""
-
-
-@dataclass(frozen=True)
-class Folders:
-    """Model folders of one vocabulary, and one of another."""
-
-    policy: Path
-    reward: Path
-    other_reward: Path
-
-
-def model_folder(path: Path, tokenizer: Path, kind: type[Transformer | ScalarModel]) -> Path:
-    found = load_tokenizer(tokenizer)
-    config = ModelConfig(
-        vocab_size=found.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=CONTEXT,
-    )  # fmt: skip
-    model = kind(config)
-    initialize(model, config, seed=0)
-    checkpoint.save(model, path, found.files())
-    return path
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    root = tmp_path_factory.mktemp("models")
-    text = "the cat dog sees hears green red house garden in and who is not there"
-    words = text.split()
-    lines = [" ".join(words[(i * j) % len(words)] for j in range(1, 9)) for i in range(300)]
-    train_tokenizer(lines, 310, root / "tokenizer")
-    train_tokenizer(lines, 320, root / "other-tokenizer")
-    return Folders(
-        model_folder(root / "policy", root / "tokenizer", Transformer),
-        model_folder(root / "reward", root / "tokenizer", ScalarModel),
-        model_folder(root / "other-reward", root / "other-tokenizer", ScalarModel),
-    )
-
-
-@pytest.fixture(autouse=True)
-def no_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    @contextmanager
-    def entered(config: object) -> Iterator[None]:
-        raise SessionEntered
-        yield
-
-    for job in (prepare, training, ppo):
-        monkeypatch.setattr(job, "session", entered)
-    yield
-    assert not ray.is_initialized()
-
-
-def refusal(main: Callable[[Any], None], config: object) -> str:
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        main(config)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def questions(path: Path, count: int = 40) -> Path:
-    return jsonl(path, *({"prompt": f"Who sees the cat {i}?"} for i in range(count)))
-
-
-def sft_config(runs: Path, start: Path, *data: Path) -> SftConfig:
-    return replace(TINY.sft, runs=runs, name="mine", start=start, data=data)
-
-
-def ppo_config(runs: Path, folders: Folders) -> PPOConfig:
-    """Names all inputs, so that nothing is missing."""
-    return replace(
-        TINY.ppo, runs=runs, name="mine", policy=folders.policy, max_new_tokens=8,
-        helpfulness_model=folders.reward, safety_model=folders.reward,
-        prompts=(questions(runs / "prompts.jsonl"),),
-    )  # fmt: skip
-
-
-def prepared(root: Path, tokenizer: Path, part: str, kind: Kind, context: int) -> Path:
-    """A folder as jobs/prepare.py leaves it, with one row in each split."""
-    found = load_tokenizer(tokenizer)
-    found.save(root / "tokenizer")
-    tokens = torch.tensor([1, 270, 2], dtype=torch.int32).numpy()
-    sequence = TokenSequence(tokens, torch.tensor([False, True, True]).numpy())
-    for split in ("train", "heldout"):
-        writer = ShardWriter(root / part / split, Manifest(kind, found.fingerprint, context))
-        writer.add([sequence] * (2 if kind == "preference" else 1))
-        writer.close(0)
-    return root
-
-
-DIALOGUE = {"prompt": "Who sees the cat?", "response": "the dog"}
+pytestmark = pytest.mark.usefixtures("no_cluster")
 
 
 def test_good_input_comes_as_far_as_the_cluster(tmp_path: Path, folders: Folders) -> None:
@@ -217,32 +122,6 @@ def test_a_prompt_as_long_as_the_context(tmp_path: Path, folders: Folders) -> No
         ppo.main(dropping)
 
 
-def test_a_vocabulary_that_does_not_fit(tmp_path: Path, folders: Folders) -> None:
-    expected = "The tokenizer has 320 ids, but the model's vocabulary has only 310"
-    raw = jsonl(tmp_path / "good.jsonl", DIALOGUE)
-    rows = prepared(tmp_path / "rows", folders.other_reward, "sft", "sft", CONTEXT)
-    for data in (raw, rows):
-        config = sft_config(tmp_path, folders.policy, data)
-        assert expected in refusal(sft.main, replace(config, tokenizer=folders.other_reward))
-    mixed = tmp_path / "mixed"
-    shutil.copytree(folders.policy, mixed)
-    load_tokenizer(folders.other_reward).save(mixed)
-    assert expected in refusal(ppo.main, replace(ppo_config(tmp_path, folders), policy=mixed))
-
-
-def test_rows_of_another_tokenizer_or_context(tmp_path: Path, folders: Folders) -> None:
-    other = prepared(tmp_path / "other", folders.other_reward, "sft", "sft", CONTEXT)
-    found = refusal(sft.main, sft_config(tmp_path, folders.policy, other))
-    assert f"{other / 'sft'} was written with another tokenizer" in found
-    long = prepared(tmp_path / "long", folders.policy, "sft", "sft", 2 * CONTEXT)
-    found = refusal(sft.main, sft_config(tmp_path, folders.policy, long))
-    assert "rows of up to 128 tokens and the model's context is 64" in found
-    found = refusal(pretrain.main, replace(TINY.pretrain, runs=tmp_path, data=(long,)))
-    assert f"{long} holds no prepared pretrain data" in found
-    both = replace(TINY.pretrain, runs=tmp_path, data=(long, other))
-    assert f"{long} is prepared data and cannot be joined" in refusal(pretrain.main, both)
-
-
 def test_raw_records_are_cut_to_the_context_of_the_model(tmp_path: Path, folders: Folders) -> None:
     config = sft_config(tmp_path, folders.policy, jsonl(tmp_path / "good.jsonl", DIALOGUE))
     run = RunDirectory(tmp_path, "mine")
@@ -250,51 +129,6 @@ def test_raw_records_are_cut_to_the_context_of_the_model(tmp_path: Path, folders
     inputs = training.find_inputs(config, "sft", folders.policy, run, model)
     assert inputs.raw is not None
     assert inputs.raw.context == CONTEXT
-
-
-def test_a_checkpoint_of_another_architecture(tmp_path: Path, folders: Folders) -> None:
-    gpt2 = tmp_path / "gpt2"
-    gpt2.mkdir()
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257}
-    (gpt2 / "config.json").write_text(json.dumps(config))
-    data = jsonl(tmp_path / "good.jsonl", DIALOGUE)
-    for found in (
-        refusal(sft.main, sft_config(tmp_path, gpt2, data)),
-        refusal(ppo.main, replace(ppo_config(tmp_path, folders), safety_model=gpt2)),
-    ):
-        assert f"{gpt2 / 'config.json'}: model_type is 'gpt2'; only 'llama'" in found
-
-
-def test_a_truncated_file(tmp_path: Path, folders: Folders) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folders.policy, broken)
-    weights = broken / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    data = jsonl(tmp_path / "good.jsonl", DIALOGUE)
-    for found in (
-        refusal(sft.main, sft_config(tmp_path, broken, data)),
-        refusal(ppo.main, replace(ppo_config(tmp_path, folders), policy=broken)),
-    ):
-        assert f"{weights} is truncated or corrupt" in found
-
-
-def test_the_wrong_kind_of_model(tmp_path: Path, folders: Folders) -> None:
-    config = ppo_config(tmp_path, folders)
-    found = refusal(ppo.main, replace(config, helpfulness_model=folders.policy))
-    assert f"{folders.policy} holds a causal language model" in found
-    found = refusal(ppo.main, replace(config, policy=folders.reward))
-    assert f"{folders.reward} holds a scalar (reward or value) model" in found
-    data = jsonl(tmp_path / "good.jsonl", DIALOGUE)
-    found = refusal(sft.main, sft_config(tmp_path, folders.reward, data))
-    assert f"{folders.reward} holds a scalar (reward or value) model" in found
-
-
-def test_a_reward_model_with_another_tokenizer(tmp_path: Path, folders: Folders) -> None:
-    """PPO has its workers encode the text again; where that is not done, it is refused."""
-    with pytest.raises(SessionEntered):
-        ppo.main(replace(ppo_config(tmp_path, folders), safety_model=folders.other_reward))
-    with pytest.raises(ValueError, match=f"{folders.other_reward} has another tokenizer than"):
-        ppo.check_models(Models(folders.policy, folders.reward, folders.other_reward))
 
 
 def test_what_is_named_is_checked_before_missing_stages_run(
@@ -333,20 +167,6 @@ def test_batches_that_do_not_divide(tmp_path: Path, folders: Folders) -> None:
     assert "set ppo.kl_horizon above 51.2" in refusal(ppo.main, replace(asked, ppo=adapted))
 
 
-def test_pretraining_rows_that_the_policy_cannot_read(tmp_path: Path, folders: Folders) -> None:
-    mixed = replace(ppo_config(tmp_path, folders), ppo=replace(TINY.ppo.ppo, ptx_coefficient=0.1))
-    found = refusal(ppo.main, mixed)
-    assert f"{tmp_path / 'tiny-data'} holds no prepared pretraining data" in found
-    other = folders.other_reward
-    data = prepared(tmp_path / "other", other, "pretrain", "pretrain", 16)
-    assert "another tokenizer" in refusal(ppo.main, replace(mixed, pretraining_data=data))
-    long = prepared(tmp_path / "long", folders.policy, "pretrain", "pretrain", 100_000)
-    assert "longer than its context" in refusal(ppo.main, replace(mixed, pretraining_data=long))
-    data = prepared(tmp_path / "good", folders.policy, "pretrain", "pretrain", 16)
-    with pytest.raises(SessionEntered):
-        ppo.main(replace(mixed, pretraining_data=data))
-
-
 def test_settings_that_do_not_go_together(tmp_path: Path, folders: Folders) -> None:
     data = jsonl(tmp_path / "good.jsonl", DIALOGUE)
     config = sft_config(tmp_path, folders.policy, data)
@@ -362,23 +182,6 @@ def test_settings_that_do_not_go_together(tmp_path: Path, folders: Folders) -> N
         assert expected in refusal(sft.main, replace(config, **changed))  # type: ignore[arg-type]
     fresh = replace(TINY.pretrain, runs=tmp_path, data=(data,), lora=LoraConfig(rank=4))
     assert "LoRA trains updates of a model that is there" in refusal(pretrain.main, fresh)
-
-
-def test_a_shard_with_a_wrong_hash(
-    tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = prepared(tmp_path / "rows", folders.policy, "sft", "sft", CONTEXT)
-    (shard,) = (rows / "sft" / "heldout").glob("shard-*")
-    content = bytearray(shard.read_bytes())
-    content[0] ^= 1
-    shard.write_bytes(content)
-    config = sft_config(tmp_path, folders.policy, rows)
-    assert f"{shard} is damaged: its hash is" in refusal(sft.main, config)
-    # Large data is read through only where that is asked for.
-    monkeypatch.setattr(training, "VERIFIED_BYTES", 0)
-    with pytest.raises(SessionEntered):
-        sft.main(config)
-    assert "is damaged" in refusal(sft.main, replace(config, verify_data=True))
 
 
 def test_a_run_of_another_config(tmp_path: Path, folders: Folders) -> None:
@@ -411,27 +214,6 @@ def test_a_large_preset_names_the_runs_that_it_needs(tmp_path: Path) -> None:
     assert "The runs 7b-helpfulness, 7b-safety, 7b-data are not there" in found
 
 
-def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
-    return [{"Alive": True, "Resources": found} for found in resources]
-
-
-def test_more_workers_than_the_cluster_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [*nodes({"CPU": 2.0}), dead])
-    check_capacity({"learner": Workers(count=2, cpus=0.5), "generator": Workers(cpus=1.0)})
-    with pytest.raises(ValueError, match=r"ask for 2.5 cpus \(learner 1.5, generator 1\) .* has 2"):
-        check_capacity({"learner": Workers(count=3, cpus=0.5), "generator": Workers(cpus=1.0)})
-    with pytest.raises(ValueError, match=r"ask for 1 gpus \(learner 1\) and the cluster has 0"):
-        check_capacity({"learner": Workers(gpus=1.0)})
-
-
-def test_a_worker_larger_than_any_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "nodes", lambda: nodes({"CPU": 2.0}, {"CPU": 2.0}))
-    check_capacity({"learner": Workers(count=2, cpus=2.0)})
-    with pytest.raises(ValueError, match="Each learner worker asks for 3 cpus and no node has mor"):
-        check_capacity({"learner": Workers(cpus=3.0)})
-
-
 def test_jobs_that_ask_for_too_much_start_no_worker(
     tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,7 +224,7 @@ def test_jobs_that_ask_for_too_much_start_no_worker(
     def started(*arguments: object, **options: object) -> None:
         raise AssertionError("a worker was started")
 
-    monkeypatch.setattr(ray, "nodes", lambda: nodes({"CPU": 2.0}))
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     for job, start in ((prepare, "prepare"), (training, "run_workers"), (ppo, "train")):
         monkeypatch.setattr(job, "session", connected)
         monkeypatch.setattr(job, start, started)

@@ -18,7 +18,7 @@ from jobs.presets import tiny
 from llama2.model import ScalarModel, Transformer
 from llama2.tokenizer import train_tokenizer
 from tests.actors.small_tasks import TEXT, tokenizer_folder
-from tests.jobs.test_bad_input import model_folder
+from tests.jobs.refusals import model_folder
 
 pytestmark = pytest.mark.slow
 FUNCTIONS = """

@@ -15,19 +15,10 @@ from jobs.presets import preset
 from jobs.reward_model import mixed
 from jobs.rewards import Rewards, RewardSource
 from llama2.shards import Shards
-from tests.jobs.test_bad_input import (
-    Folders,
-    SessionEntered,
-    folders,
-    jsonl,
-    no_cluster,
-    ppo_config,
-    refusal,
-)
+from tests.jobs.refusals import TINY, Folders, SessionEntered, jsonl, ppo_config, refusal
 from tests.llama2.test_preference_mix import folder, rows
 
-__all__ = ["folders", "no_cluster"]
-TINY = preset("tiny")
+pytestmark = pytest.mark.usefixtures("no_cluster")
 PAIR = {"prompt": "Who sees the cat?", "chosen": "the dog", "rejected": "the house"}
 
 
