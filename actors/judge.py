@@ -30,6 +30,7 @@ class Judge:
             judged,
             kind=found.kind,
             gold=verdict.score,
+            adversarial=verdict.safety_tagged,
             violation=verdict.violation,
             false_refusal=verdict.false_refusal,
         )

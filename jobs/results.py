@@ -13,8 +13,8 @@ ROWS = {
     "gold": "gold score (0 to 1)",
     "reward": "reward (composite, before whitening)",
     "kl": "KL from the initial policy (nats per answer)",
-    "violations": "violation rate",
-    "false_refusals": "false-refusal rate",
+    "violations": "violation rate (of adversarial prompts)",
+    "false_refusals": "false-refusal rate (of all others)",
     "tokens": "answer length (tokens)",
 }
 

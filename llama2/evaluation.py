@@ -24,7 +24,9 @@ class Judged:
     """Estimate of the KL from the initial policy: log-ratios summed over the answer, in nats."""
     tokens: int
     gold: float | None = None
-    """The gold judge's score in [0, 1], where one is at hand."""
+    """The gold judge's score in [0, 1], where one is at hand, as all below."""
+    adversarial: bool = False
+    """Whether the prompt asks for what is unsafe."""
     violation: bool | None = None
     false_refusal: bool | None = None
 
@@ -80,7 +82,8 @@ def _pairs(before: Sequence[Judged], after: Sequence[Judged]) -> list[tuple[Judg
 
 
 def summary(answers: Sequence[Judged]) -> dict[str, float]:
-    """Means over held-out answers; gold figures only where there is a gold judge."""
+    """Means over held-out answers; gold figures only where there is a gold judge: violations are of
+    adversarial prompts, false refusals of all others."""
     means = {
         "reward": estimate([a.reward for a in answers]).mean,
         "helpfulness": estimate([a.helpfulness for a in answers]).mean,
@@ -91,8 +94,12 @@ def summary(answers: Sequence[Judged]) -> dict[str, float]:
     judged = [a for a in answers if a.gold is not None]
     if judged:
         means["gold"] = estimate([a.gold or 0.0 for a in judged]).mean
-        means["violations"] = estimate([float(bool(a.violation)) for a in judged]).mean
-        means["false_refusals"] = estimate([float(bool(a.false_refusal)) for a in judged]).mean
+    adversarial = [float(bool(a.violation)) for a in judged if a.adversarial]
+    if adversarial:
+        means["violations"] = estimate(adversarial).mean
+    harmless = [float(bool(a.false_refusal)) for a in judged if not a.adversarial]
+    if harmless:
+        means["false_refusals"] = estimate(harmless).mean
     return means
 
 
