@@ -102,7 +102,7 @@ class EngineThread:
     ) -> None:
         self.version = version
         self.step_began: float | None = None
-        """Time of the monotonic clock at which the running step began."""
+        """Time of the monotonic clock at which the running step, or change of weights, began."""
         self._backend, self._deliver, self._fail = backend, deliver, fail
         self._changed = threading.Condition()  # guards the next two
         self._orders: deque[Order] = deque()
@@ -161,7 +161,9 @@ class EngineThread:
             return
         if snapshot is not None:
             # An error from here on leaves weights of no version: it ends the thread.
+            self.step_began = time.monotonic()
             self.version = self._backend.load(snapshot)
+            self.step_began = None
         self._deliver([(order, self.version)])
 
     def _begin(self, call: Call) -> None:

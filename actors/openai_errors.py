@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
-from actors.retrying import LOST, WeightsChanged
+from actors.retrying import LOST, AnswerChanged, WeightsChanged
 
 
 @dataclass
@@ -80,7 +80,9 @@ def from_failure(error: Exception) -> ApiError | None:
         )
     if isinstance(error, ValueError):  # of the engine, also where Ray brings it
         return ApiError(400, str(getattr(error, "cause", None) or error), code="invalid_value")
-    if isinstance(error, (*LOST, WeightsChanged, RayServeException, TaskCancelledError)):
+    if isinstance(
+        error, (*LOST, WeightsChanged, AnswerChanged, RayServeException, TaskCancelledError)
+    ):
         return ApiError(
             503,
             "No generator can answer now; try again in a moment.",

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from actors.openai_errors import ApiError, from_validation
 from llama2.chat import Message
 from llama2.generation import Sampling
+from llama2.generation.sampling import MOST_TOP_K
 from llama2.prompting import Prompting, TooLong
 
 # Parameters that are not implemented, with the values that ask for nothing.
@@ -68,7 +69,7 @@ class Body(BaseModel):
     model: str
     temperature: Annotated[float, Field(ge=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    top_k: Annotated[int, Field(ge=0, le=MOST_TOP_K)] = 0
     """Not OpenAI's: draw from that many likeliest tokens; 0 keeps all."""
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1

@@ -6,7 +6,9 @@ travels by value.
 
 import math
 from collections import Counter
+from itertools import chain
 from typing import Any
+from weakref import finalize
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
@@ -23,6 +25,7 @@ class FewestExpectedTokens(RequestRouter):
     def initialize_state(self, **kwargs: Any) -> None:
         """Called once by Serve."""
         self._charges: dict[str, tuple[ReplicaID, int]] = {}
+        self._sought: dict[str, tuple[ReplicaID, int]] = {}  # of calls that no replica took yet
 
     async def choose_replicas(
         self,
@@ -32,33 +35,35 @@ class FewestExpectedTokens(RequestRouter):
         """Replicas from the least to the most charged; the first that has room gets the call."""
         charged: Counter[ReplicaID] = Counter()
         name = "" if pending_request is None else pending_request.metadata.internal_request_id
-        for call, (replica_id, tokens) in self._charges.items():
+        for call, (replica_id, tokens) in chain(self._charges.items(), self._sought.items()):
             if call != name:
                 charged[replica_id] += tokens
         ranked = sorted(candidate_replicas, key=lambda replica: charged[replica.replica_id])
         if pending_request is not None and ranked:
-            # Charged before it is sent, so that calls that come together do not all go there.
-            self._charge(pending_request, ranked[0].replica_id)
-            pending_request.future.add_done_callback(
-                lambda future: self._charges.pop(name, None) if future.cancelled() else None
-            )
+            # Charged before it is sent, so that calls that come together do not all go there; for
+            # as long as Serve seeks a replica for it, which a cancelled call ends.
+            if name not in self._sought:
+                finalize(pending_request, self._sought.pop, name, None)
+            self._sought[name] = (ranked[0].replica_id, _expected(pending_request))
         return [[replica] for replica in ranked]
 
     def on_request_routed(
         self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any
     ) -> None:
         """Charge the replica that took the call, which may not be the first choice."""
-        self._charge(pending_request, replica_id)
+        name = pending_request.metadata.internal_request_id
+        self._sought.pop(name, None)
+        self._charges[name] = (replica_id, _expected(pending_request))
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Take a call that has ended off its replica's charges."""
+        """Take a call that has ended off its replica's charges; one that its first choice turned
+        away is another's."""
         if self._charges.get(internal_request_id, (None, 0))[0] == replica_id:
             del self._charges[internal_request_id]
 
-    def _charge(self, pending_request: PendingRequest, replica_id: ReplicaID) -> None:
-        arguments = [*pending_request.args, *pending_request.kwargs.values()]
-        name = pending_request.metadata.internal_request_id
-        self._charges[name] = (replica_id, expected_tokens(arguments))
+
+def _expected(call: PendingRequest) -> int:
+    return expected_tokens([*call.args, *call.kwargs.values()])
 
 
 def expected_tokens(arguments: list[Any]) -> int:

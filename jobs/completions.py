@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,7 +54,9 @@ def questions(config: GenerateConfig, prompting: Prompting) -> Iterator[Question
     chat = asks_chat(config, prompting)
     seen: set[str] = set()
     for number, (where, record) in enumerate(read_records(config.input)):
-        found = _question(str(record.get("id", number)), record, where, chat, prompting)
+        named = record.get("id")
+        id = str(number if named is None else named)
+        found = _question(id, record, where, chat, prompting)
         if found.id in seen:
             raise ValueError(f"{where}: the id {found.id!r} occurs before; make ids unique.")
         seen.add(found.id)
@@ -110,13 +112,8 @@ def opened(config: GenerateConfig) -> Iterator[tuple[IO[bytes], list[str]]]:
     being written by another one.
     """
     assert config.output is not None
-    settings_file = config.output.with_name(f"{config.output.name}.settings.json")
     settings = _settings(config)
-    if config.output.exists() and config.output.stat().st_size:
-        _compare(settings, settings_file, config.output)
-    else:
-        with whole_file(settings_file) as new:
-            new.write(json.dumps(settings, indent=2).encode())
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     with config.output.open("ab+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,10 +122,20 @@ def opened(config: GenerateConfig) -> Iterator[tuple[IO[bytes], list[str]]]:
                 f"{config.output} is being written by another job; wait for it or name another "
                 "--output."
             ) from error
+        settings_file = _settings_file(config.output)
+        if config.output.stat().st_size:
+            _compare(settings, settings_file, config.output)
+        else:
+            with whole_file(settings_file) as new:
+                new.write(json.dumps(settings, indent=2).encode())
         file.seek(0)
         ids, end = _written(file, config.output)
         file.truncate(end)
         yield file, ids
+
+
+def _settings_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.settings.json")
 
 
 def _written(file: IO[bytes], path: Path) -> tuple[list[str], int]:
@@ -165,9 +172,10 @@ def _compare(settings: Json, file: Path, output: Path) -> None:
 
 def _settings(config: GenerateConfig) -> Json:
     """All that answers follow from, besides their prompts, which are compared by id."""
+    assert config.output is not None
     return {
         "model": str(config.model.resolve()),
-        "files of the model": _stamp(config.model),
+        "files of the model": _stamp(config.model, (config.output, _settings_file(config.output))),
         "input": _digest(config),
         "format": config.format,
         "num_samples": config.num_samples,
@@ -191,10 +199,14 @@ def _digest(config: GenerateConfig) -> str:
     return digest.hexdigest()
 
 
-def _stamp(folder: Path) -> str:
-    """Changes when the folder's files do. Weights may be too large to be read for that alone."""
+def _stamp(folder: Path, besides: Collection[Path]) -> str:
+    """Changes when the folder's files do, `besides` left out. Weights may be too large to be read
+    for that alone."""
+    left_out = {path.resolve() for path in besides}
     digest = xxhash.xxh3_64()
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.resolve() in left_out:
+            continue
         found = path.stat()
         digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()

@@ -47,15 +47,18 @@ class Prompting:
         )
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text to be continued. Raises `ValueError` where it is empty or too
-        long."""
+        """Token ids of a text to be continued. Raises `ValueError` where it is empty, too long, or
+        no text."""
         if not text:
             raise ValueError("The prompt is empty; give some text to continue.")
+        _check_text(text)
         return self._checked([self.tokenizer.bos_id, *self.tokenizer.encode(text)])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue to be answered. Raises `ValueError` where it is none, does not
-        end with the user, or is too long."""
+        end with the user, is too long, or holds what is no text."""
+        for message in messages:
+            _check_text(message.content)
         return self._checked(encode_prompt(self.tokenizer, messages))
 
     def check_ids(self, tokens: Sequence[int]) -> list[int]:
@@ -76,6 +79,16 @@ class Prompting:
                 f"model's context of {self.context}; shorten it."
             )
         return tokens
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"The prompt holds half of a surrogate pair ({text[error.start]!r}), which is no "
+            "character; remove it."
+        ) from error
 
 
 def sample_seed(seed: int, *place: str | int) -> int:

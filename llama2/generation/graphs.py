@@ -5,22 +5,27 @@ Shapes: R rows, V vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama2.generation.decoder import Decoder, Span
-from llama2.generation.varlen_cache import PAGE, Reading, VarlenCache
+from llama2.generation.varlen_cache import PAGE, Reading, VarlenCache, bounds
 
 
-@dataclass
-class _Graph:
-    """A captured step of a fixed number of rows, with the memory that it reads and writes."""
+class _Memory(NamedTuple):
+    """What a captured step of a fixed number of rows reads."""
 
     tokens_R: Tensor
     positions_R: Tensor
     reading: Reading
+
+
+class _Graph(NamedTuple):
+    """A captured step, and where it writes."""
+
+    memory: _Memory
     graph: torch.cuda.CUDAGraph
     logits_RV: Tensor
 
@@ -41,50 +46,55 @@ class DecodingGraphs:
         if rows not in self._graphs:
             self._graphs[rows] = self._capture(rows)
         found = self._graphs[rows]
-        device, reading = found.tokens_R.device, found.reading
+        tokens_R, positions_R, reading = found.memory
         pages = reading.pages.shape[1]
         spare = self._cache.keys.shape[1] - 1
         idle = rows - len(spans)
         slots = [s.pages[s.past // PAGE] * PAGE + s.past % PAGE for s in spans]
         table = [[*span.pages, *[0] * (pages - len(span.pages))] for span in spans]
         written = (
-            (found.tokens_R, [*tokens, *[0] * idle]),
-            (found.positions_R, [*(span.past for span in spans), *[0] * idle]),
+            (tokens_R, [*tokens, *[0] * idle]),
+            (positions_R, [*(span.past for span in spans), *[0] * idle]),
             (reading.slots_N, [*slots, *[spare * PAGE] * idle]),
             (reading.lengths_R, [*(span.past + 1 for span in spans), *[1] * idle]),
             (reading.pages, [*table, *[[spare] * pages] * idle]),
         )
         for target, values in written:
-            target.copy_(torch.tensor(values, dtype=target.dtype, device=device))
+            target.copy_(torch.tensor(values, dtype=target.dtype, device=target.device))
         found.graph.replay()
         return found.logits_RV[: len(spans)]
 
     def _capture(self, rows: int) -> _Graph:
-        device = self._cache.keys.device
-        context = self._decoder.config.max_position_embeddings
-        spare = self._cache.keys.shape[1] - 1
-        tokens_R, positions_R = torch.zeros((2, rows), dtype=torch.long, device=device)
-        reading = Reading(
-            torch.full((rows,), spare * PAGE, device=device),
-            torch.arange(rows + 1, dtype=torch.int32, device=device),
-            torch.ones(rows, dtype=torch.int32, device=device),
-            torch.full((rows, -(-context // PAGE)), spare, dtype=torch.int32, device=device),
-            1,
-            context,
-        )
-        drawing_R = torch.arange(rows, device=device)
-
-        def step() -> Tensor:
-            self._cache.reading = reading
-            return self._decoder.forward(tokens_R, positions_R, drawing_R, self._cache)
-
+        memory = self._memory(rows)
         # Libraries set themselves up in a first call, which must not be captured.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step()
+            self._step(memory)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits_RV = step()
-        return _Graph(tokens_R, positions_R, reading, graph, logits_RV)
+            logits_RV = self._step(memory)
+        return _Graph(memory, graph, logits_RV)
+
+    def _memory(self, rows: int) -> _Memory:
+        """Of idle rows alone."""
+        device = self._cache.keys.device
+        context = self._decoder.config.max_position_embeddings
+        spare, most = self._cache.keys.shape[1] - 1, -(-context // PAGE)
+        tokens_R, positions_R = torch.zeros((2, rows), dtype=torch.long, device=device)
+        reading = Reading(
+            torch.full((rows,), spare * PAGE, device=device),
+            torch.arange(rows + 1, dtype=torch.int32, device=device),
+            bounds(rows, most, device),
+            torch.ones(rows, dtype=torch.int32, device=device),
+            torch.full((rows, most), spare, dtype=torch.int32, device=device),
+            1,
+            context,
+        )
+        return _Memory(tokens_R, positions_R, reading)
+
+    def _step(self, memory: _Memory) -> Tensor:
+        self._cache.reading = memory.reading
+        drawing_R = torch.arange(len(memory.tokens_R), device=memory.tokens_R.device)
+        return self._decoder.forward(memory.tokens_R, memory.positions_R, drawing_R, self._cache)

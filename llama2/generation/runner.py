@@ -19,7 +19,7 @@ from llama2.generation.decoder import Decoder, Span
 from llama2.generation.graphs import DecodingGraphs
 from llama2.generation.request import Alternatives, Request
 from llama2.generation.sampling import Settings, draw, likeliest, settings
-from llama2.generation.varlen_cache import VarlenCache
+from llama2.generation.varlen_cache import VarlenCache, reads_pages
 from llama2.model import Transformer
 
 
@@ -77,8 +77,8 @@ class Runner:
         kind: type[TileCache | VarlenCache | BagCache] = BagCache
         if kernels is not None:
             kind = TileCache
-        elif weight.device.type == "cuda" and weight.dtype in (torch.bfloat16, torch.float16):
-            kind = VarlenCache  # flash attention knows no float32
+        elif reads_pages(weight.dtype, weight.device):
+            kind = VarlenCache
         tokens = cache_tokens or default_cache_tokens(model, max_batch_size)
         self.pages = -(-tokens // kind.page_size)
         self.cache = cache = kind(model.config, self.pages, weight.dtype, weight.device)

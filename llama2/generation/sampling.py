@@ -10,6 +10,8 @@ from torch import Tensor
 
 CANDIDATES = 128
 """Likeliest tokens among which truncated draws are looked for before a whole row is sorted."""
+MOST_TOP_K = (1 << 31) - 1
+"""More than any vocabulary holds."""
 BLOCK = 128
 """Tokens whose probability is summed up first, so that no running sum over all is needed."""
 
@@ -39,8 +41,8 @@ class Sampling:
             raise ValueError(f"temperature must be at least 0, not {self.temperature}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0, not {self.top_k}.")
+        if not 0 <= self.top_k <= MOST_TOP_K:
+            raise ValueError(f"top_k must be from 0 to {MOST_TOP_K}, not {self.top_k}.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
         if self.alternatives < 0:
@@ -85,7 +87,9 @@ def draw(logits_BV: Tensor, uniforms_B: Tensor, rows: Settings) -> tuple[Tensor,
     if rows.temperature_B is None:
         weights_BV = probabilities_BV
     else:
-        weights_BV = _softmax(logits_BV / rows.temperature_B[:, None])
+        # The likeliest token's is 0: the smallest temperature leaves it, and finite ones below.
+        below_BV = logits_BV.float() - logits_BV.amax(dim=-1, keepdim=True)
+        weights_BV = _softmax(below_BV / rows.temperature_B[:, None].clamp(min=1e-30))
     if rows.top_p_B is None or rows.top_k_B is None:
         tokens_B = _invert(weights_BV, uniforms_B)
     else:
@@ -146,7 +150,9 @@ def _truncated(weights_BV: Tensor, uniforms_B: Tensor, top_p_B: Tensor, top_k_B:
     found = _nucleus(ordered, weights_BV, uniforms_B, top_p_B, top_k_B)
     tokens_B = indices.gather(1, found[:, None])[:, 0]
     tokens_B = torch.where(whole_B, _invert(weights_BV, uniforms_B), tokens_B)
-    beyond = (top_k_B > candidates) & (ordered.sum(dim=-1) < top_p_B) & ~whole_B
+    # top_p is a share of what top_k leaves, which the candidates tell of the whole row alone.
+    unknown_B = ((top_k_B < vocabulary) & (top_p_B < 1)) | (ordered.sum(dim=-1) < top_p_B)
+    beyond = (top_k_B > candidates) & unknown_B & ~whole_B
     if candidates < vocabulary and beyond.any():
         wide = weights_BV[beyond]
         ordered, indices = wide.sort(dim=-1, descending=True)
@@ -164,7 +170,7 @@ def _nucleus(
     every = top_k_B >= weights_BV.shape[1]
     total_B = torch.where(every, weights_BV.sum(dim=-1), kept_BC.sum(dim=-1))
     before = kept_BC.cumsum(dim=-1) - kept_BC
-    kept_BC = torch.where(before < (top_p_B * total_B)[:, None], kept_BC, 0)
+    kept_BC = torch.where((before < (top_p_B * total_B)[:, None]) | (places == 0), kept_BC, 0)
     return _search(kept_BC, uniforms_B)[0]
 
 

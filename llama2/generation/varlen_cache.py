@@ -17,15 +17,30 @@ PAGE = 256  # what flash attention asks of pages
 
 class Reading(NamedTuple):
     """What a forward pass writes and reads. slots_N: where its tokens' keys and values go.
-    starts: first token of each row and the end. lengths_R: tokens that a row sees. pages: of each
-    row, [R, most]. longest_query, longest: bounds of what the rows compute and see."""
+    starts: first token of each row and the end. bounds: the same of what the rows' pages hold.
+    lengths_R: tokens that a row sees. pages: of each row, [R, most]. longest_query, longest: bounds
+    of what the rows compute and see."""
 
     slots_N: Tensor
     starts: Tensor
+    bounds: Tensor
     lengths_R: Tensor
     pages: Tensor
     longest_query: int
     longest: int
+
+
+def reads_pages(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's attention of variable length does, for such keys: on GPUs, from torch 2.13
+    on, by flash attention, which knows no float32."""
+    known = dtype in (torch.bfloat16, torch.float16) and device.type == "cuda"
+    return known and bool(torch.__version__ >= "2.13")
+
+
+def bounds(rows: int, most: int, device: torch.device) -> Tensor:
+    """Where each row's tokens would begin, were its `most` pages one behind the other; and the end.
+    Flash attention asks for it, and computes by pages and lengths."""
+    return torch.arange(rows + 1, dtype=torch.int32, device=device) * (most * PAGE)
 
 
 class VarlenCache:
@@ -62,6 +77,7 @@ class VarlenCache:
         self.reading = Reading(
             torch.tensor(slots, device=self._device),
             self._int32(starts),
+            bounds(len(spans), most, self._device),
             self._int32(lengths),
             self._int32(table),
             max(span.length for span in spans),
@@ -74,7 +90,7 @@ class VarlenCache:
         from torch.nn.attention.varlen import varlen_attn
 
         assert self.reading is not None
-        slots_N, starts, lengths_R, pages, longest_query, longest = self.reading
+        slots_N, starts, ends, lengths_R, pages, longest_query, longest = self.reading
         keys, values = self.keys[layer], self.values[layer]
         key_NGK, value_NGK = key_value_NGK.chunk(2, dim=1)
         keys.flatten(0, 1).index_copy_(0, slots_N, key_NGK)
@@ -84,13 +100,15 @@ class VarlenCache:
             keys,
             values,
             starts,
-            None,
+            ends,
             longest_query,
             longest,
             window_size=(-1, 0),
             enable_gqa=query_NHK.shape[1] != key_NGK.shape[1],
             seqused_k=lengths_R,
             block_table=pages,
+            # Rows do not depend on each other, and parts of packed rows are not joined aright.
+            num_splits=1,
         )
         assert isinstance(mixed_NHK, Tensor)
         return mixed_NHK

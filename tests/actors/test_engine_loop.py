@@ -27,6 +27,7 @@ class Counting:
         self.cancelled: list[str] = []
         self.loads = 0
         self.breaks_at: int | None = None
+        self.slow_load = 0.0
 
     @property
     def busy(self) -> bool:
@@ -58,6 +59,7 @@ class Counting:
 
     def load(self, snapshot: Snapshot) -> Version:
         assert not self.busy
+        time.sleep(self.slow_load)
         self.loads += 1
         return snapshot.version
 
@@ -305,6 +307,23 @@ def test_a_stuck_step_is_noticed_and_waiting_is_not() -> None:
             engine.check()
         with pytest.raises(EngineFailed, match="stuck"):
             await call
+
+    run(body)
+
+
+def test_a_stuck_change_of_weights_is_noticed() -> None:
+    async def body() -> None:
+        backend = Counting()
+        backend.slow_load = 1.0
+        engine = EngineLoop(backend, FIRST, stuck_after=0.2)
+        load = asyncio.ensure_future(engine.load(lambda: snapshot(7)))
+        await asyncio.sleep(0.1)
+        engine.check()
+        await asyncio.sleep(0.3)
+        with pytest.raises(EngineFailed, match="stuck"):
+            engine.check()
+        with pytest.raises(EngineFailed, match="stuck"):
+            await load
 
     run(body)
 

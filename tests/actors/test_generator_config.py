@@ -1,7 +1,11 @@
 """What a generator is asked for: settings, memory, backend, and how many replicas."""
 
+import asyncio
+import gc
 import importlib.util
+from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch
 from actors.backend import cache_tokens
 from actors.generator import check_backend
 from actors.generator_config import GeneratorConfig
-from actors.replica_load import UNFINISHED, ReplicasForRequests
+from actors.replica_load import UNFINISHED, FewestExpectedTokens, ReplicasForRequests
 from llama2.config import ModelConfig
 
 
@@ -22,6 +26,47 @@ def test_as_many_replicas_as_requests_fill_batches() -> None:
         return policy(context)[0]
 
     assert [wanted(0), wanted(0, 8.0), wanted(1, 8.0), wanted(0, 9.5, 7.0)] == [1, 1, 2, 3]
+
+
+@dataclass
+class Call:
+    """What Serve tells a router of a call."""
+
+    metadata: SimpleNamespace
+    args: list[Any]
+    kwargs: dict[str, Any]
+
+
+def test_charges_end_with_their_calls() -> None:
+    """Whether a replica took the call, another did, or it was given up before any did."""
+    router = FewestExpectedTokens.__new__(FewestExpectedTokens)
+    router.initialize_state()
+    first, second = (SimpleNamespace(replica_id=name) for name in ("first", "second"))
+
+    def call(name: str, tokens: int) -> Any:
+        asked = [SimpleNamespace(prompt=[1] * tokens)]
+        return Call(SimpleNamespace(internal_request_id=name), [asked], {})
+
+    def preferred(asked: Any) -> str:
+        ranked: Any = asyncio.run(router.choose_replicas([first, second], asked))  # type: ignore[list-item]
+        return str(ranked[0][0].replica_id)
+
+    taken, turned_away, given_up = call("a", 10), call("b", 20), call("c", 30)
+    assert [preferred(one) for one in (taken, turned_away, given_up)] == [
+        "first",
+        "second",
+        "first",
+    ]
+    router.on_request_routed(taken, "first", None)  # type: ignore[arg-type]
+    router.on_request_completed("second", "b")  # type: ignore[arg-type]
+    router.on_request_routed(turned_away, "first", None)  # type: ignore[arg-type]
+    assert preferred(None) == "second"  # nothing against 60 tokens
+    del given_up
+    gc.collect()
+    assert router._sought == {}
+    for name in ("a", "b"):
+        router.on_request_completed("first", name)  # type: ignore[arg-type]
+    assert router._charges == {}
 
 
 def test_a_generator_config_that_makes_no_sense_is_refused() -> None:

@@ -12,6 +12,7 @@ from openai import OpenAI
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 
+from actors.retrying import AnswerChanged
 from tests.actors.endpoint import CHAT, CONTEXT, GREEDY, Endpoint, endpoint
 
 
@@ -32,6 +33,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"temperature": "hot"}, "temperature", "valid number"),
     ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_k": 1 << 63}, "top_k", "less than or equal to 2147483647"),
     ({"n": 0}, "n", "greater than or equal to 1"),
     ({"n": 1000}, "n", "less than or equal to 128"),
     ({"prompt": ["the"] * 65, "n": 2}, "n", "more than 128 answers"),
@@ -43,6 +45,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": ""}, "prompt", "The prompt is empty"),
     ({"prompt": []}, "prompt", "must be a text"),
     ({"prompt": ["a", 1]}, "prompt", "must be a text"),
+    ({"prompt": "the \ud800"}, None, "not valid JSON"),
     ({"prompt": [310]}, "prompt", "outside the vocabulary of 310"),
     ({"prompt": [-1]}, "prompt", "outside the vocabulary"),
     ({"prompt": "the cat " * 60}, "prompt", f"context of {CONTEXT}"),
@@ -136,6 +139,7 @@ def test_routes_that_are_none(server: Endpoint) -> None:
     [
         (BackPressureError(1, 1), 429, "rate_limit_error"),
         (RayActorError(), 503, "server_error"),
+        (AnswerChanged(), 503, "server_error"),
         (ValueError("The prompt needs more memory than there is; shorten it."), 400, "invalid"),
         (RuntimeError("secret"), 500, "server_error"),
     ],

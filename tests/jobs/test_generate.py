@@ -2,8 +2,10 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,7 @@ WRONG: list[tuple[list[Any], Any, Callable[[Path], None] | None, str]] = [
     (["FILES", "--format", "text"], [{"prompt": ""}], None, "line 1: The prompt is empty"),
     (["FILES"], [{"prompt": "a"}, {"prompt": "the cat " * 60}], None, "line 2: The prompt has"),
     (["FILES"], [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], None, "'1' occurs before"),
+    (["FILES"], [{"prompt": "a"}, {"prompt": "\ud800"}], None, "line 2: The prompt holds half of"),
     (
         ["FILES"],
         [{"messages": [{"role": "assistant", "content": "a"}]}],
@@ -299,13 +302,33 @@ def test_two_jobs_do_not_write_one_file(
 
     def meanwhile(*given: Any) -> Any:
         monkeypatch.setattr(generate, "answers", real)
-        with pytest.raises(ValueError, match="being written by another job"):
-            generate.main(asked)
+        for other in (asked, replace(asked, temperature=0.5)):
+            with pytest.raises(ValueError, match="being written by another job"):
+                generate.main(other)
         return real(*given)
 
     monkeypatch.setattr(generate, "answers", meanwhile)
     generate.main(asked)
     assert len(lines(output)) == 4
+    generate.main(asked)  # goes on under the settings of the one that wrote
+
+
+def test_an_output_beside_the_models_files_is_none_of_them(model: Path, tmp_path: Path) -> None:
+    """And an id that is null is none."""
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    source = written(tmp_path / "in.jsonl", [{"id": None, "prompt": p} for p in PROMPTS])
+    asked = config(
+        "--model", folder, "--input", source, "--output", folder / "out.jsonl",
+        "--max-new-tokens", 4,
+    )  # fmt: skip
+    generate.main(asked)
+    before = (folder / "out.jsonl").read_bytes()
+    generate.main(asked)
+    assert (folder / "out.jsonl").read_bytes() == before
+    assert [line["id"] for line in lines(folder / "out.jsonl")] == [
+        f"{i}/0" for i in range(len(PROMPTS))
+    ]
 
 
 def test_a_long_answer_holds_the_others_up_but_loses_none(model: Path, tmp_path: Path) -> None:

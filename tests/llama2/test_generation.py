@@ -201,6 +201,7 @@ def test_truncation_keeps_the_likeliest() -> None:
         Sampling(temperature=3.0, top_p=0.9),  # beyond them
         Sampling(top_k=7),
         Sampling(top_k=500, top_p=0.95),
+        Sampling(temperature=1.6, top_k=500, top_p=0.5),  # a share of 500, found among fewer
     ],
 )
 def test_frequencies_of_draws(sampling: Sampling) -> None:
@@ -233,6 +234,20 @@ def test_frequencies_of_draws(sampling: Sampling) -> None:
     torch.testing.assert_close(torch.cat(logprobs), exact, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(temperature=1e-40), Sampling(top_p=1e-46), Sampling(temperature=1e-40, top_p=0.5)],
+)
+def test_the_smallest_temperature_and_share_leave_the_likeliest(
+    sampling: Sampling, dtype: torch.dtype
+) -> None:
+    logits = (
+        (torch.arange(1000) // 600 - (torch.arange(1000) > 600) * 0.5).to(dtype).expand(50, 1000)
+    )
+    assert set(drawn(logits, sampling, torch.linspace(0, 0.999, 50)).tolist()) == {600}
+
+
 def test_length_limits(model: Transformer) -> None:
     endless = Sampling(max_new_tokens=500, stop_ids=())
     completions = Engine(model).generate(PROMPTS, endless)
@@ -258,6 +273,7 @@ def test_bad_prompts(model: Transformer, prompts: list[list[int]], message: str)
         {"temperature": -1.0},
         {"top_p": 0.0},
         {"top_k": -1},
+        {"top_k": 1 << 63},
         {"max_new_tokens": 0},
         {"alternatives": -1},
     ],

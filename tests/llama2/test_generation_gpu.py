@@ -5,7 +5,7 @@ import torch
 
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
-from llama2.generation.varlen_cache import VarlenCache
+from llama2.generation.varlen_cache import VarlenCache, reads_pages
 from llama2.model import Transformer, initialize
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,7 @@ def logprobs(checked: Transformer, prompt: list[int], answer: list[int]) -> torc
 def test_logprobs_are_those_of_the_model(dtype: torch.dtype) -> None:
     checked = model(dtype)
     engine = Engine(checked, chunk=200)
-    assert isinstance(engine._runner.cache, VarlenCache) == (dtype == torch.bfloat16)
+    assert isinstance(engine._runner.cache, VarlenCache) == reads_pages(dtype, torch.device("cuda"))
     made = engine.generate(prompts(), Sampling(max_new_tokens=40, stop_ids=()))
     assert engine.counters.reused > 0
     for prompt, completion in zip(prompts(), made, strict=True):
@@ -54,7 +54,7 @@ def test_logprobs_are_those_of_the_model(dtype: torch.dtype) -> None:
 def test_graphs_compute_what_single_launches_do() -> None:
     sampling = Sampling(max_new_tokens=60, stop_ids=())
     captured, launched = Engine(model(torch.bfloat16)), Engine(model(torch.bfloat16))
-    launched._runner._graphs = None
+    launched._runner._decoding._graphs = None  # type: ignore[attr-defined]
     pairs = zip(
         captured.generate(prompts(), sampling), launched.generate(prompts(), sampling), strict=True
     )
@@ -62,7 +62,7 @@ def test_graphs_compute_what_single_launches_do() -> None:
         assert one.tokens[:10] == other.tokens[:10]
         same = sum(a == b for a, b in zip(one.tokens, other.tokens, strict=True))
         assert same > 0
-    assert captured._runner._graphs is not None and captured._runner._graphs._graphs
+    assert captured._runner._decoding._graphs._graphs  # type: ignore[attr-defined]
 
 
 def test_greedy_equals_the_cpu_in_float32() -> None:
