@@ -56,6 +56,11 @@ class ClusterConfig:
     local_cpus: int | None = None
     """CPUs that a local cluster offers; by default all of this machine's."""
 
+    @property
+    def joins(self) -> bool:
+        """Whether there is a cluster to join."""
+        return self.address is not None or "RAY_ADDRESS" in os.environ
+
 
 @contextmanager
 def session(config: ClusterConfig) -> Iterator[str | None]:
@@ -68,10 +73,9 @@ def session(config: ClusterConfig) -> Iterator[str | None]:
         yield None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    joins = config.address is not None or "RAY_ADDRESS" in os.environ
-    with contextlib.nullcontext() if joins else _environment(LOCAL_ENVIRONMENT):
+    with contextlib.nullcontext() if config.joins else _environment(LOCAL_ENVIRONMENT):
         try:
-            yield (_join(config) if joins else _start(config)).dashboard_url
+            yield (_join(config) if config.joins else _start(config)).dashboard_url
         finally:
             ray.shutdown()
 
@@ -85,13 +89,18 @@ def _join(config: ClusterConfig) -> Any:
 
 def _start(config: ClusterConfig) -> Any:
     protect_token()
-    return ray.init(
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # sockets want a short path
+    started = ray.init(
         num_cpus=config.local_cpus,
         include_dashboard=True,  # Ray Train asks it for the state of its actors
         dashboard_host="127.0.0.1",
         runtime_env={"env_vars": WORKER_ENVIRONMENT},
-        _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),  # sockets want a short path
+        _temp_dir=folder,
     )
+    # Where Ray looks up the cluster of a job that is submitted to this one. It writes the file in
+    # `ray start` alone, and takes any cluster that it finds on this machine where there is none.
+    Path(folder, "ray_current_cluster").write_text(started.address_info["gcs_address"])
+    return started
 
 
 @contextmanager

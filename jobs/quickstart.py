@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import shlex
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from jobs.configs import JobConfig
 from jobs.stages import COMMANDS, STAGES
 
 ROOT = Path(__file__).resolve().parent.parent
+AGENT_PORT = 52365
 LEFT_OUT = [".venv", ".git", "runs", "tests", "docs", ".mypy_cache", ".ruff_cache", ".pytest_cache"]
 
 
@@ -37,6 +39,7 @@ def main(config: QuickstartConfig) -> None:
     waiting = [stage for stage in STAGES if not _run(config, stage).is_finished]
     if waiting:
         print(f"Stages to run: {', '.join(waiting)}. Results go to {config.runs.absolute()}.")
+        check_agent_port(config.cluster)
         with session(config.cluster) as dashboard:
             print(f"Ray dashboard: http://{dashboard}", flush=True)
             client = JobSubmissionClient(f"http://{dashboard}")
@@ -46,6 +49,22 @@ def main(config: QuickstartConfig) -> None:
         print("All stages have finished; delete their folders to run them again.")
     run = _run(config, "ppo")
     print(f"\n{results.read(run)}\n\nThe model is in {run.model}.\nThe report is {run.report}.")
+
+
+def check_agent_port(cluster: ClusterConfig) -> None:
+    """Raise `ValueError` where a local cluster could not take jobs, since another one on this
+    machine does: Ray's agent listens at one port, which `ray.init` cannot change."""
+    if cluster.joins:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", AGENT_PORT))
+        except OSError as error:
+            raise ValueError(
+                f"Port {AGENT_PORT} is taken, most likely by another Ray cluster on this machine; "
+                "wait for it to end, or name it with --cluster.address."
+            ) from error
 
 
 def submit(client: JobSubmissionClient, config: QuickstartConfig, stage: str) -> None:

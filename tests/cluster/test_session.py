@@ -1,12 +1,14 @@
 """What a local cluster is started with, and what a cluster that is joined is not told."""
 
 import os
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
+from ray._private import services
 
 from cluster import session as module
 from cluster.session import LOCAL_ENVIRONMENT, WORKER_ENVIRONMENT, ClusterConfig, session
@@ -21,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
     def init(**options: Any) -> Any:
         found.append((options, dict(os.environ)))
-        return SimpleNamespace(dashboard_url="here")
+        return SimpleNamespace(dashboard_url="here", address_info={"gcs_address": "10.0.0.2:6380"})
 
     monkeypatch.setattr(os, "environ", {"METRICS_RECORD_INTERVAL_S": "7"})
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
@@ -41,6 +43,17 @@ def test_a_local_clusters_own_processes_are_quiet_unless_a_user_says_otherwise(
     assert options["runtime_env"] == {"env_vars": WORKER_ENVIRONMENT}
     expected = LOCAL_ENVIRONMENT | {"METRICS_RECORD_INTERVAL_S": "7"}
     assert expected.items() <= environment.items()
+
+
+def test_submitted_jobs_find_their_own_cluster_among_several(
+    calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the actor looks it up that starts a job's process."""
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: ["10.0.0.9:1", "10.0.0.2:6380"])
+    with session(ClusterConfig()):
+        folder = calls[0][0]["_temp_dir"]
+        assert services.canonicalize_bootstrap_address_or_die("auto", folder) == "10.0.0.2:6380"
+    shutil.rmtree(folder)
 
 
 def test_a_cluster_that_is_joined_keeps_its_own_ways(calls: Calls) -> None:

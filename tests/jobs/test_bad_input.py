@@ -1,6 +1,7 @@
 """What a user may get wrong is told in one sentence, before a worker or a cluster starts."""
 
 import json
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,8 @@ import ray
 from actors.generator_config import GeneratorConfig
 from cluster.placement import Workers
 from cluster.run_directory import RunDirectory
-from jobs import cli, ppo, prepare, pretrain, reward_model, sft, training
+from cluster.session import ClusterConfig
+from jobs import cli, ppo, prepare, pretrain, quickstart, reward_model, sft, training
 from jobs.configs import PretrainConfig
 from jobs.ppo import Models, find_prompts
 from jobs.presets import preset
@@ -236,6 +238,19 @@ def test_jobs_that_ask_for_too_much_start_no_worker(
     # Nothing is left that would tie the next attempt to this one's config.
     assert not (tmp_path / "mine").exists()
     assert "ask for 3 cpus" in refusal(prepare.main, replace(TINY.prepare, runs=tmp_path, cpus=3.0))
+
+
+def test_a_second_cluster_that_could_take_no_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+        monkeypatch.setattr(quickstart, "AGENT_PORT", port)
+        other.listen()
+        with pytest.raises(ValueError, match=f"Port {port} is taken, most likely by another Ray"):
+            quickstart.check_agent_port(ClusterConfig())
+        quickstart.check_agent_port(ClusterConfig(address="10.0.0.1:6379"))
+    quickstart.check_agent_port(ClusterConfig())
 
 
 def test_run_names_that_are_no_folders(tmp_path: Path) -> None:
