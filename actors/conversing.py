@@ -9,6 +9,8 @@ from llama2.ghost_attention import Instruction
 from llama2.rejection_sampling import Candidate, Candidates
 
 Dialogue = tuple[Message, ...]
+SPARE = 2
+"""Tokens by which an answer may be longer when it is learned: the space before it, and the end."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ def _shown(
     """The next prompt, with the instruction in every turn.
 
     The oldest turns are left out as far as the context demands, since the instruction is in the
-    others too. None where the conversation is too long to be learned, with the instruction in the
-    first turn.
+    others too. None where the longest answer would not fit behind the whole conversation, with the
+    instruction in the first turn, as it is to be learned.
     """
     instruction = conversation.instruction
     messages = (*dialogue(turns), Message("user", conversation.questions[len(turns)]))
-    if source.room(instruction.once(messages)) <= 0:
+    if source.room(instruction.once(messages)) < max_new_tokens + SPARE:
         return None
     starts = range(0, len(messages), 2)
     several = (instruction.joined(messages[start:]) for start in starts)

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from actors.sampling import Question, Sampler, read_chunks, run_chunks
@@ -96,10 +97,15 @@ def find_tasks(config: ContextDistillationConfig, cast: Cast, prompts: Prompts) 
     return tasks
 
 
+def read_preprompts(path: Path) -> tuple[Preprompt, ...]:
+    """Users' preprompts, one a record. Raises `ValueError` or `FileNotFoundError` where they are
+    missing or wrong."""
+    return tuple(Preprompt.parse(record, where) for where, record in read_records(path))
+
+
 def _preprompts(config: ContextDistillationConfig, prompts: Prompts) -> tuple[Preprompt, ...]:
     if config.preprompts is not None:
-        records = read_records(config.preprompts)
-        return tuple(Preprompt.parse(record, where) for where, record in records)
+        return read_preprompts(config.preprompts)
     return default_preprompts() if prompts.world_seed is None else safety.preprompts()
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict
+from pathlib import Path
 from typing import Literal
 
 from actors.conversing import Conversation
@@ -55,8 +56,13 @@ def _questions(
     ]
 
 
+def read_constraints(path: Path) -> tuple[Constraint, ...]:
+    """Users' constraints, one a record. Raises `ValueError` or `FileNotFoundError` where they are
+    missing or wrong."""
+    return tuple(Constraint.parse(record, where) for where, record in read_records(path))
+
+
 def _constraints(config: ConversationConfig, prompts: Prompts) -> tuple[Constraint, ...]:
     if config.constraints is not None:
-        records = read_records(config.constraints)
-        return tuple(Constraint.parse(record, where) for where, record in records)
+        return read_constraints(config.constraints)
     return default_constraints() if prompts.world_seed is None else world_constraints()

@@ -6,6 +6,7 @@ python jobs/evaluate.py --name chat --models A B --against C --prompts prompts.j
 
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from pathlib import Path
 
 from actors.generator import check_backend
 from actors.generator_config import GeneratorConfig
@@ -27,6 +28,7 @@ from jobs.evaluation_inputs import (
 from jobs.evaluation_texts import encoded, find_texts
 from jobs.measuring import judged, measure
 from jobs.presets import Preset
+from jobs.sampling import fits
 from llama2.prompting import Prompting
 
 MAY_CHANGE = (
@@ -65,13 +67,21 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
     malformed, or does not fit together."""
     check_backend(config.generator)
     subjects = find_subjects(config)
-    asked = find_prompts(config)
+    given_prompts = asked = find_prompts(config)
     texts = find_texts(config)
+    models = {s.name: Prompting.read(s.path) for s in subjects if s.kind == "model"}
+    if config.long_prompts == "drop":
+        asked = [one for one in asked if all(fits(one.prompt.messages, p) for p in models.values())]
+        if given_prompts and not asked:
+            raise ValueError(
+                f"None of {len(given_prompts)} prompts leaves each model room for an answer; give "
+                "shorter ones."
+            )
     for subject in subjects:
         if subject.kind == "answers":
             read_answers(subject, asked)
             continue
-        prompting = Prompting.read(subject.path)
+        prompting = models[subject.name]
         prompt_tokens(subject, prompting, asked)
         for given in texts if config.texts else ():
             if encoded(given, prompting, config.most_texts) is None:
@@ -92,16 +102,30 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
         subjects,
         baseline(config, subjects),
         asked,
+        len(given_prompts) - len(asked),
         find_rewards(config),
         texts,
         conversations,
         tasks,
+        task_files(config),
     )
+
+
+def task_files(config: EvaluateConfig) -> tuple[Path, ...]:
+    """Files and folders of academic tasks of one's own."""
+    files = [Path(name) for name in config.tasks if Path(name).suffix == ".yaml"]
+    return (*files, *([] if config.tasks_folder is None else [config.tasks_folder]))
 
 
 def check_unchanged(run: RunDirectory, inputs: Inputs) -> None:
     """Raise `ValueError` where what a finished evaluation was of is no longer the same."""
-    before = (run.summary() or {})["stamps"]
+    summary = run.summary() or {}
+    before, scorers = summary["stamps"], summary.get("scorers", inputs.scorers)
+    for name in ("helpfulness", "safety"):
+        if scorers.get(name) != inputs.scorers.get(name):
+            raise ValueError(
+                f"The {name} reward changed since {run.name} scored by it; give another --name."
+            )
     for subject in inputs.subjects:
         if before.get(subject.name) != inputs.stamp(subject):
             raise ValueError(

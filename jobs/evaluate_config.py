@@ -26,6 +26,9 @@ class EvaluateConfig(JobConfig):
     default the held-out prompts of the preset's prepared data."""
     most_prompts: int = 512
     """Most prompts to ask, drawn by `seed`; 0 asks none."""
+    long_prompts: Literal["error", "drop"] = "error"
+    """What to do with prompts that leave one of the models no room for an answer; all models are
+    asked the same."""
     world_seed: int | None = None
     """Seed of the synthetic world whose gold judge judges; prepared data says it by itself."""
     helpfulness_model: Path | None = None

@@ -2,10 +2,11 @@
 table 30)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from actors.conversing import Conversation
 from actors.measured_model import MeasuredModel, Question
-from jobs.conversations import read_conversations
+from jobs.conversations import read_constraints, read_conversations
 from jobs.evaluate_config import EvaluateConfig
 from jobs.ghost_attention_config import ConversationConfig
 from llama2.chat import Message, dialogue_fault
@@ -24,7 +25,9 @@ def find_conversations(config: EvaluateConfig, of_world: bool) -> list[Conversat
     """
     if not config.conversations or not (of_world or config.constraints):
         return []
-    found = read_conversations(
+    if config.constraints is not None:
+        check_constraints(config.constraints)
+    return read_conversations(
         ConversationConfig(
             preset=config.preset,
             runs=config.runs,
@@ -35,13 +38,17 @@ def find_conversations(config: EvaluateConfig, of_world: bool) -> list[Conversat
         ),
         "heldout",
     )
-    for one in found:
-        if one.instruction.is_kept("") is None:
+
+
+def check_constraints(path: Path) -> None:
+    """Raise `ValueError` or `FileNotFoundError` where constraints are missing or wrong, or nobody
+    could tell whether one is kept."""
+    for one in read_constraints(path):
+        if one.pattern is None:
             raise ValueError(
-                f"Whether an answer keeps to {one.instruction.short!r} cannot be told; give each "
-                f"of {config.constraints} a pattern."
+                f"Whether an answer keeps to {one.short!r} cannot be told; give each of {path} a "
+                "pattern."
             )
-    return found
 
 
 def adherence(
@@ -53,7 +60,8 @@ def adherence(
     """Share of conversations in which the n-th answer keeps to the instruction, by "turn n".
 
     The likeliest answers; all conversations go side by side. One ends early where the context is
-    full, and behind an answer that no message can follow, as an empty one.
+    full, and behind an answer that no message can follow, as an empty one: its later turns count as
+    not kept.
     """
     sampling = Sampling(temperature=0.0, max_new_tokens=max_new_tokens, stop_ids=prompting.stop_ids)
     said: list[list[Message]] = [[] for _ in conversations]
@@ -75,6 +83,8 @@ def adherence(
             said[i].append(Message("assistant", answer.text.strip()))
             if dialogue_fault(said[i]) is None:
                 going.append(i)
+            else:
+                kept[i] += [False] * (len(conversations[i].questions) - len(kept[i]))
     return {f"turn {turn}": found for turn, found in adherence_by_turn(kept).items()}
 
 

@@ -75,11 +75,15 @@ class Inputs:
     baseline: Subject
     """What all others are compared with."""
     asked: list[Asked]
+    too_long: int
+    """Prompts that were left out, as they leave one of the models no room for an answer."""
     rewards: Rewards
     texts: list[TextSet]
     conversations: list[Conversation]
     tasks: Any
     """Academic tasks, as lm-evaluation-harness holds them; None for none."""
+    task_files: tuple[Path, ...]
+    """Files and folders of tasks of one's own."""
 
     def stamp(self, subject: Subject) -> str:
         """Changes when the subject does, or what it is asked."""
@@ -90,7 +94,19 @@ class Inputs:
             digest.update(f"{texts.name}\0{texts.stamp}\0".encode())
         for held in self.conversations:
             digest.update(f"{held.instruction.text}\0{held.questions}\0".encode())
+        for path in self.task_files:
+            digest.update(f"{path}\0{stamp(path)}\0".encode())
         return digest.hexdigest()
+
+    @property
+    def scorers(self) -> dict[str, str]:
+        """What changes when a reward model does; the name of a function or a scorer."""
+        sources = (("helpfulness", self.rewards.helpfulness), ("safety", self.rewards.safety))
+        return {
+            name: stamp(source) if isinstance(source, Path) else source
+            for name, source in sources
+            if source is not None
+        }
 
 
 def shown(messages: Sequence[Message]) -> str:

@@ -51,7 +51,9 @@ def write(run: RunDirectory, inputs: Inputs, measured: Sequence[Measured]) -> No
         append_json(run.metrics, line)
     tables = {heading: rows for heading, rows in shown(found).items() if rows}
     stamps = {subject.name: inputs.stamp(subject) for subject in inputs.subjects}
-    run.finish({"tables": tables, "notes": found["notes"], "stamps": stamps})
+    run.finish(
+        {"tables": tables, "notes": found["notes"], "stamps": stamps, "scorers": inputs.scorers}
+    )
     write_report(run, f"{run.name}: evaluation", tables, " ".join([NOTE, *found["notes"]]))
 
 
@@ -69,6 +71,7 @@ def evaluation(inputs: Inputs, measured: Sequence[Measured]) -> Json:
         "baseline": inputs.baseline.name,
         "judge": _judge(inputs),
         "prompts": len(inputs.asked),
+        "prompts left out as too long": inputs.too_long,
         "notes": notes(inputs, measured),
         "models": {one.subject.name: _of_model(one) for one in measured},
         "pairs": [_of_pair(*pair) for pair in permutations(measured, 2) if _judge(inputs)],

@@ -28,6 +28,8 @@ from llama2.world.judge import is_refusal
 
 Json = dict[str, Any]
 Table = dict[str, dict[str, Measure]]
+SCORED_AT_ONCE = 64
+"""Answers that a user's own reward is given at a time, within its limits."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,9 @@ def _scores(config: EvaluateConfig, reward: Path | str, replies: Sequence[Reply]
             [{"role": m.role, "content": m.content} for m in reply.prompt] for reply in replies
         ]
         scorer = load_scorer(reward, Path.cwd(), config.scorer)
-        return called(reward, scorer, prompts, [reply.answer for reply in replies])
+        answers = [reply.answer for reply in replies]
+        parts = [slice(i, i + SCORED_AT_ONCE) for i in range(0, len(replies), SCORED_AT_ONCE)]
+        return [s for part in parts for s in called(reward, scorer, prompts[part], answers[part])]
     threads = config.generator.threads
     if config.where == "here":
         return TextRewards(reward, config.precision, threads).scores(replies)

@@ -5,6 +5,7 @@ ray job submit --working-dir . -- python jobs/ppo.py --preset tiny
 """
 
 import json
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -216,10 +217,15 @@ def pretraining_rows(config: PPOConfig) -> Path:
 def check_sizes(config: PPOConfig) -> None:
     """Raise `ValueError` for numbers that make no sense, and where batch, minibatch, groups and
     workers do not divide evenly."""
-    for name in ("batch_size", "minibatch_size", "micro_batch_size", "eval_every", "save_every",
-                 "keep_checkpoints"):  # fmt: skip
+    for name in ("batch_size", "minibatch_size", "micro_batch_size", "iterations", "max_new_tokens",
+                 "heldout_prompts", "eval_every", "save_every", "keep_checkpoints"):  # fmt: skip
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, not {getattr(config, name)}.")
+    for name in ("lr", "value_lr", "temperature"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ValueError(f"{name} must be at least 0, not {getattr(config, name):g}.")
+    if not config.timeout > 0:
+        raise ValueError(f"timeout must be positive, not {config.timeout:g}.")
     if config.patience < 0:
         raise ValueError(f"patience must not be negative, as {config.patience} is.")
     if config.batch_size % config.ppo.group_size:

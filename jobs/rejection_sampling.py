@@ -196,7 +196,9 @@ def finish(config: RejectionSamplingConfig, run: RunDirectory, inputs: Inputs) -
             "samples cut off": sum(not sample.finished for sample in every),
             "temperature": temperature,
             "answers kept": len(lines),
-            "of them from prior rounds": sum(line["sample"]["round"] != run.name for line in lines),
+            "of them from prior rounds": sum(
+                line["sample"]["reward_then"] is not None for line in lines
+            ),
         }
     )
     note = (

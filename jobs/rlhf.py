@@ -13,13 +13,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from actors.generator import check_backend
 from cluster.lineage import Lineage
 from cluster.report import write_report
 from cluster.run_directory import RunDirectory, append_json, read_json_lines
 from cluster.session import session
-from jobs import cli, ppo, reward_model, safety_data, stages
+from jobs import academic, cli, ppo, reward_model, safety_data, stages, training
 from jobs.annotations import check_annotator
+from jobs.context_distillation import read_preprompts
+from jobs.conversations import read_constraints
+from jobs.evaluate_config import EvaluateConfig
+from jobs.evaluation_adherence import check_constraints
 from jobs.evaluation_results import interval
+from jobs.evaluation_texts import find_texts
+from jobs.ppo import Models
 from jobs.prepare import sources
 from jobs.prepare_config import PrepareConfig
 from jobs.rlhf_config import MAY_CHANGE, RlhfConfig
@@ -72,6 +79,7 @@ def main(config: RlhfConfig) -> None:
         if not run.config.exists():  # of a call that ended before it had claimed the run
             shutil.rmtree(run.path / "initial", ignore_errors=True)
         start = find_start(config, run)
+        check_prompts(config, start)
         run.open(cli.plain(config), may_change=MAY_CHANGE)
         plan = Plan(config, run.path, start)
         record_start(lineage, start, chained=len(_needed(config)) == 3)
@@ -83,9 +91,15 @@ def main(config: RlhfConfig) -> None:
 
 def check_named(config: RlhfConfig) -> None:
     """Raise for a named input that is missing or wrong, before the missing ones are made."""
+    _check_training(config)
     ppo.check_sizes(config.ppo)
-    for one in (config.helpfulness, config.safety):
-        reward_model.check(one)
+    _check_evaluation(config.evaluate)
+    if config.ghost_attention_after and config.ghost_attention.constraints is not None:
+        read_constraints(config.ghost_attention.constraints)
+    if config.distill and config.context_distillation.preprompts is not None:
+        read_preprompts(config.context_distillation.preprompts)
+    for name in ("comparisons", *SCORED):
+        check_backend(getattr(config, name).generator)
     for name in SCORED:
         job = getattr(config, name)
         if job.helpfulness_reward or job.safety_reward:
@@ -105,6 +119,35 @@ def check_named(config: RlhfConfig) -> None:
         raise FileNotFoundError(
             f"The folder {config.annotations} does not exist; create it, for ratings to be put in."
         )
+
+
+def _check_training(config: RlhfConfig) -> None:
+    model = config.sft.model if config.policy is None else check_folder(config.policy, scalar=False)
+    for name in ("helpfulness", "safety", "sft"):
+        one = getattr(config, name)
+        training.check_settings(one, model, start=config.policy or config.runs)
+        if one.tokenizer is not None:
+            raise ValueError(f"All models have the policy's tokenizer; leave {name}.tokenizer out.")
+    for one in (config.helpfulness, config.safety):
+        reward_model.check(one)
+
+
+def _check_evaluation(config: EvaluateConfig) -> None:
+    if not config.most_prompts:
+        raise ValueError("The best version is chosen by prompts; set evaluate.most_prompts.")
+    academic.load_tasks(config)
+    if config.texts:
+        find_texts(config)
+    if config.constraints is not None:
+        check_constraints(config.constraints)
+
+
+def check_prompts(config: RlhfConfig, start: Start) -> None:
+    """Raise `ValueError` where no prompt, or no held-out one, leaves room for an answer: those that
+    do not are left out by every stage."""
+    models = Models(start.policy, start.policy, start.policy)
+    asked = replace(config.ppo, prompts=start.prompts, long_prompts="drop")
+    ppo.find_prompts(asked, ppo.check_policy(start.policy), models)
 
 
 def _needed(config: RlhfConfig) -> list[str]:

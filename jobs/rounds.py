@@ -155,7 +155,8 @@ class Plan:
 
         return Stage(
             name, (*parents, POLICY), prepare.main, job,
-            data=start.helpfulness + start.safety, made=("helpfulness", "safety", "tokenizer"),
+            data=start.helpfulness + start.safety + start.prepared.benchmarks,
+            made=("helpfulness", "safety", "tokenizer"),
         )  # fmt: skip
 
     def _reward_model(self, number: int, kind: Aspect) -> Stage:
@@ -237,9 +238,12 @@ class Plan:
         name, chosen = f"v{number}-ppo", self.config.ppo
         mixed = replace(chosen, pretraining_data=chosen.pretraining_data or self.start.data)
         rows = (ppo.pretraining_rows(mixed),) if chosen.ppo.ptx_coefficient else ()
+
+        def job() -> JobConfig:
+            return self._sampled(mixed, name, number, long_prompts="drop")
+
         return Stage(
-            name, self._cast(number), ppo.main, lambda: self._sampled(mixed, name, number),
-            data=rows,
+            name, self._cast(number), ppo.main, job, data=rows,
         )  # fmt: skip
 
     def _evaluation(self) -> Stage:
@@ -251,14 +255,15 @@ class Plan:
             found: JobConfig = self._job(
                 self.config.evaluate, "evaluation", 0,
                 models=tuple(self.model(number) for number in versions), against=self.model(0),
-                prompts=self.start.prompts,
+                prompts=self.start.prompts, long_prompts="drop",
                 helpfulness_model=self.root / rewards[0] / "model",
                 safety_model=self.root / rewards[1] / "model",
             )  # fmt: skip
             return found
 
         parents = (*(self.version(number) for number in versions), *rewards, DATA)
-        files = _given(self.config.evaluate.constraints, *self.config.evaluate.texts)
+        chosen = self.config.evaluate
+        files = _given(chosen.constraints, *chosen.texts, *evaluate.task_files(chosen))
         return Stage("evaluation", parents, evaluate.main, job, files, ("evaluation.json",))
 
 

@@ -109,6 +109,10 @@ def check_settings(config: TrainConfig, model: ModelConfig, start: Path | None) 
     for name in ("seed", "steps", "warmup_steps", "eval_every", "patience"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must not be negative, as {getattr(config, name)} is.")
+    if not 0 <= config.peak_lr < math.inf:
+        raise ValueError(f"peak_lr must be at least 0, not {config.peak_lr:g}.")
+    if not config.steps and not 0 < config.epochs < math.inf:
+        raise ValueError(f"epochs must be positive, not {config.epochs:g}.")
     if config.patience and not config.eval_every:
         raise ValueError(
             "patience counts evaluations, and eval_every 0 makes them at the end only; set it."

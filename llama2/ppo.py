@@ -60,6 +60,13 @@ class PPOSettings:
                      "ptx_coefficient"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be at least 0, not {getattr(self, name):g}.")
+        for name in ("clip_range", "value_clip_range"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a positive number, not {value:g}.")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {getattr(self, name):g}.")
         if self.ptx_rows < 1:
             raise ValueError(f"ptx_rows must be at least 1, not {self.ptx_rows}.")
 

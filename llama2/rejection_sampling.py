@@ -108,12 +108,13 @@ def joined(rounds: Iterable[Candidates]) -> list[Candidates]:
     """Samples of several rounds by prompt, in the order of first appearance; a sample that several
     of them have counts once."""
     found: dict[str, Candidates] = {}
-    samples: dict[str, dict[tuple[str, str], Candidate]] = {}
+    samples: dict[str, dict[tuple[str, str, str], Candidate]] = {}
     for one in rounds:
         found.setdefault(one.text, one)
         known = samples.setdefault(one.text, {})
         for sample in one.samples:
-            known.setdefault((sample.round, sample.id), sample)
+            # Runs in different folders may have the same name.
+            known.setdefault((sample.round, sample.id, sample.response), sample)
     return [replace(found[text], samples=tuple(samples[text].values())) for text in found]
 
 

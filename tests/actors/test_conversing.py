@@ -58,16 +58,18 @@ def test_the_instruction_in_every_turn() -> None:
 
 def test_the_oldest_turns_make_room_for_the_answer() -> None:
     """The third turn with the instruction everywhere has 13 words; 8 of them fit beside 5."""
-    source: Any = Source(counting, context=14)
+    source: Any = Source(counting, context=16)
     (turns,) = held(source, 5)
     assert len(turns) == 3
     assert source.shown["c/2"] == "Say red. two | red c/1 | Say red. three"
 
 
-def test_what_could_not_be_learned_is_not_drawn() -> None:
-    """With the instruction once, the third turn has 2 + 3 + 4 words."""
-    source: Any = Source(counting, context=9)
-    assert [len(t) for t in held(source, 3)] == [2]
+def test_what_could_not_be_learned_whole_is_not_drawn() -> None:
+    """With the instruction once, the third turn has 2 + 3 + 4 words, and an answer up to 3 and the
+    format's 2."""
+    for context, turns in ((13, 2), (14, 3)):
+        source: Any = Source(counting, context=context)
+        assert [len(t) for t in held(source, 3)] == [turns]
 
 
 def test_answers_that_keep_the_instruction_come_first_then_reward() -> None:

@@ -162,8 +162,19 @@ def test_batches_that_do_not_divide(tmp_path: Path, folders: Folders) -> None:
     grouped = replace(TINY.ppo.ppo, algorithm="grpo", group_size=3)
     found = refusal(ppo.main, replace(asked, ppo=grouped))
     assert "batch_size 256 is not a multiple of ppo.group_size 3" in found
-    for name in ("eval_every", "save_every", "batch_size"):
-        assert f"{name} must be at least 1" in refusal(ppo.main, replace(asked, **{name: 0}))
+    for name in ("eval_every", "save_every", "batch_size", "iterations", "max_new_tokens",
+                 "heldout_prompts"):  # fmt: skip
+        for value in (0, -1):
+            found = refusal(ppo.main, replace(asked, **{name: value}))
+            assert f"{name} must be at least 1, not {value}" in found
+    for name, least in (
+        ("lr", "at least 0"),
+        ("temperature", "at least 0"),
+        ("timeout", "positive"),
+    ):
+        for value in (-1.0, float("nan")):
+            found = refusal(ppo.main, replace(asked, **{name: value}))
+            assert f"{name} must be {least}, not {value:g}" in found
     assert "patience must not be negative" in refusal(ppo.main, replace(asked, patience=-1))
     adapted = replace(TINY.ppo.ppo, kl_target=6.0, kl_horizon=50.0)
     assert "set ppo.kl_horizon above 51.2" in refusal(ppo.main, replace(asked, ppo=adapted))
@@ -178,6 +189,8 @@ def test_settings_that_do_not_go_together(tmp_path: Path, folders: Folders) -> N
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens must be at least 1"),
         ({"patience": -1}, "patience must not be negative, as -1 is"),
+        ({"peak_lr": float("nan")}, "peak_lr must be at least 0, not nan"),
+        ({"steps": 0, "epochs": 0.0}, "epochs must be positive, not 0"),
         ({"sequence_parallel": 2, "workers": Workers(count=3)}, "3 workers cannot form sequence"),
         ({"sequence_parallel": 4, "workers": Workers(count=4)}, "does not divide the model's 2"),
     ):

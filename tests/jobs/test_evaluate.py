@@ -4,20 +4,25 @@ reward models and the forward pass say by themselves."""
 import json
 import math
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from actors.conversing import Conversation
 from jobs import cli, evaluate, measuring
 from jobs.evaluate_config import EvaluateConfig
+from jobs.evaluation_adherence import adherence
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.evaluation import side_by_side
 from llama2.generation import Engine
+from llama2.ghost_attention import Constraint, Instruction
 from llama2.model import ScalarModel, Transformer, initialize
 from llama2.prompting import Prompting, sample_seed
 from llama2.rewards import composite, logit
@@ -248,6 +253,79 @@ def test_a_reward_of_ones_own(tmp_path: Path) -> None:
     assert found["models"]["long"]["answers"]["reward"]["value"] == 0
     (pair,) = (pair for pair in found["pairs"] if pair["model"] == "long")
     assert (pair["wins"], pair["ties"], pair["losses"]) == (1, 0, 1)
+    with pytest.raises(ValueError, match="another config: helpfulness_reward"):
+        evaluated(
+            tmp_path, "--prompts", tmp_path / "p.jsonl", "--models", short, long,
+            "--helpfulness-reward", f"{__name__}:at_most_64",
+        )  # fmt: skip
+
+
+def at_most_64(prompts: list[list[dict[str, str]]], answers: list[str]) -> list[float]:
+    """A reward that takes as many answers at a time as PPO may give it."""
+    assert len(answers) == len(prompts) <= 64
+    return [float(answer) / 100 for answer in answers]
+
+
+def test_a_reward_of_ones_own_is_given_some_answers_at_a_time(tmp_path: Path) -> None:
+    asked = [{"prompt": f"number {i}"} for i in range(100)]
+    said = written(tmp_path / "a.jsonl", [{**p, "response": str(i)} for i, p in enumerate(asked)])
+    found = evaluated(
+        tmp_path, "--prompts", written(tmp_path / "p.jsonl", asked), "--models", said,
+        "--helpfulness-reward", f"{__name__}:at_most_64",
+    )  # fmt: skip
+    assert found["models"]["a"]["answers"]["reward"]["value"] == pytest.approx(0.495)
+
+
+def test_a_reward_model_that_changed_is_told(models: Path, tmp_path: Path) -> None:
+    reward = tmp_path / "reward"
+    shutil.copytree(models / "helpful", reward)
+    asked = [{"prompt": "Say ab."}]
+    arguments = (
+        "--prompts", written(tmp_path / "p.jsonl", asked), "--helpfulness-model", reward,
+        "--models", written(tmp_path / "said.jsonl", [{**asked[0], "response": "ab"}]),
+    )  # fmt: skip
+    evaluated(tmp_path, *arguments)
+    evaluated(tmp_path, *arguments)
+    (reward / "config.json").touch()
+    with pytest.raises(ValueError, match="The helpfulness reward changed since tiny-evaluate"):
+        evaluated(tmp_path, *arguments)
+
+
+def test_prompts_that_a_model_has_no_room_for_may_be_left_out(models: Path, tmp_path: Path) -> None:
+    """Of all models, answers of files among them; where none is left, that is told."""
+    asked = [{"prompt": "Say ab."}, {"prompt": "ab " * 300}]
+    short = written(tmp_path / "said.jsonl", [{**asked[0], "response": "ab"}])
+    common = ("--max-new-tokens", 4, "--most-texts", 0, "--long-prompts", "drop",
+              "--models", models / "one" / "model", short)  # fmt: skip
+    found = evaluated(tmp_path, "--prompts", written(tmp_path / "p.jsonl", asked), *common)
+    assert (found["prompts"], found["prompts left out as too long"]) == (1, 1)
+    long = written(tmp_path / "long.jsonl", asked[1:])
+    with pytest.raises(ValueError, match="None of 1 prompts leaves each model room"):
+        evaluated(tmp_path / "other", "--prompts", long, *common)
+
+
+class Says:
+    """Answers by turn: the third number of tokens tells which."""
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers, self.turn = answers, 0
+
+    def answer(self, questions: Sequence[Any]) -> list[Any]:
+        self.turn += 1
+        return [SimpleNamespace(text=self.answers[self.turn - 1]) for _ in questions]
+
+
+def test_a_conversation_that_breaks_down_counts_to_its_end(models: Path) -> None:
+    red = Instruction((Constraint("Colour", ("Say red.",), "Red.", "red"),), "Say red.", "Red.")
+    prompting = Prompting.read(models / "one" / "model")
+
+    def found(*answers: str) -> list[tuple[float, int]]:
+        talk = Conversation("a", ("one", "two", "three"), red)
+        measures = adherence(Says(answers), prompting, [talk], 4)  # type: ignore[arg-type]
+        return [(one.value, one.count) for one in measures.values()]
+
+    assert found("red", "red", "green") == [(1, 1), (1, 1), (0, 1)]
+    assert found("red", "") == [(1, 1), (0, 1), (0, 1)]
 
 
 @pytest.fixture(scope="module")

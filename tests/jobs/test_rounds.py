@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from actors.generator_config import GeneratorConfig
 from cluster.lineage import Lineage
 from cluster.run_directory import RunDirectory
 from jobs import cli, rlhf
@@ -18,6 +19,8 @@ from jobs.rounds import Plan, Stage, Start
 from llama2.ppo import PPOSettings
 from llama2.records import Comparison, Dialogue, parse_comparisons, parse_dialogues
 from llama2.sources import WorldSource
+
+VLLM = GeneratorConfig(backend="vllm")
 
 
 def plan(tmp_path: Path, **changes: Any) -> Plan:
@@ -82,6 +85,7 @@ def test_each_stage_takes_what_the_newest_version_gives(tmp_path: Path) -> None:
         "v1-sft", "v2-sft", "v3-sft", "v4-sft", "v5-ppo"
     ]  # fmt: skip
     assert final.against == final.models[0] == tmp_path / "chat"
+    assert last.long_prompts == final.long_prompts == "drop"  # as the other stages do
     assert all(job.runs == root and job.name == name for name, job in asked.items())
     assert asked["v1-rejection"].seed != asked["v2-rejection"].seed
 
@@ -100,6 +104,22 @@ def test_reward_models_learn_from_all_comparisons_so_far(tmp_path: Path) -> None
     assert [path.name for path in job.safety] == ["safe.jsonl"]  # no prompt was one of safety
     assert set(stages["v2-reward-data"].parents) == {"v1-comparisons", "v2-comparisons", "sft"}
     assert stages["v1-reward-data"].job().helpfulness == job.helpfulness[:2]
+
+
+def test_the_lineage_has_all_files_that_no_stage_made(tmp_path: Path) -> None:
+    compared = RlhfConfig.of(tiny()).evaluate
+    names = ("constraints.jsonl", "texts.jsonl", "task.yaml", "tasks")
+    constraints, texts, task, folder = (tmp_path / name for name in names)
+    compared = replace(
+        compared, constraints=constraints, texts=(texts,), tasks=(str(task), "gsm8k"),
+        tasks_folder=folder,
+    )  # fmt: skip
+    made = plan(tmp_path, evaluate=compared)
+    benchmark = tmp_path / "benchmark.jsonl"
+    prepared = replace(made.start.prepared, benchmarks=(benchmark,))
+    stages = by_name(replace(made, start=replace(made.start, prepared=prepared)))
+    assert set(stages["evaluation"].data) == {constraints, texts, task, folder}
+    assert benchmark in stages["v2-reward-data"].data
 
 
 def test_a_round_without_comparisons_of_a_kind_says_so(tmp_path: Path) -> None:
@@ -163,6 +183,17 @@ def test_options_of_late_stages_are_refused_before_the_first(tmp_path: Path) -> 
         ("safety", {"other_share": 2.0}, "other_share must be at least 0 and below 1"),
         ("ppo", {"safety_reward": "a:b"}, "ppo is scored by the round's own reward models"),
         ("evaluate", {"helpfulness_reward": "a:b"}, "evaluate is scored by the round's own"),
+        ("ppo", {"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ("sft", {"batch_rows": 0}, "batch_rows 0 leaves some of"),
+        ("sft", {"save_every": 0}, "save_every must be at least 1"),
+        ("safety", {"sequence_parallel": 3}, "sequence_parallel 3 does not divide"),
+        ("helpfulness", {"tokenizer": tmp_path}, "leave helpfulness.tokenizer out"),
+        ("evaluate", {"most_prompts": 0}, "set evaluate.most_prompts"),
+        ("evaluate", {"tasks": ("no_such.yaml",)}, "There is no file no_such.yaml"),
+        ("evaluate", {"texts": (tmp_path / "gone.txt",)}, "gone.txt"),
+        ("evaluate", {"constraints": tmp_path / "gone.jsonl"}, "gone.jsonl"),
+        ("ghost_attention", {"constraints": tmp_path / "gone.jsonl"}, "gone.jsonl"),
+        ("rejection_sampling", {"generator": VLLM}, "vllm, which is not installed here"),
         (
             "ppo",
             {"ppo": PPOSettings(ptx_coefficient=1.0), "pretraining_data": tmp_path},
@@ -170,8 +201,11 @@ def test_options_of_late_stages_are_refused_before_the_first(tmp_path: Path) -> 
         ),
     ):
         changed = replace(getattr(config, name), **changes)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
             rlhf.main(replace(config, **{name: changed}))
+    distilling = replace(config.context_distillation, preprompts=tmp_path / "gone.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jsonl"):
+        rlhf.main(replace(config, context_distillation=distilling, distill=True))
     assert not list(tmp_path.iterdir())
 
 

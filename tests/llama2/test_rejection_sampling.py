@@ -119,6 +119,14 @@ def test_joined_rounds_keep_each_sample_once() -> None:
     assert second == more
 
 
+def test_runs_of_one_name_may_draw_the_same_place() -> None:
+    """As two runs do that were named alike in different folders: both samples stay."""
+    first, second = (candidate(text, reward, id="7/1/0") for text, reward in (("a", 1), ("b", 5)))
+    (found,) = joined([candidates(first), candidates(second), candidates(first)])
+    assert [sample.response for sample in found.best(2)] == ["b", "a"]
+    assert len(found.samples) == 2
+
+
 def test_records_teach_the_sampled_answer_alone(tmp_path: Path) -> None:
     """A record as users' files hold them is read by SFT's reader, tokenized, and its targets are
     the tokens of the last answer."""
