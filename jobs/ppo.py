@@ -4,6 +4,7 @@ python jobs/ppo.py --preset tiny
 ray job submit --working-dir . -- python jobs/ppo.py --preset tiny
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from actors.reference import Reference
 from actors.reward import Asked
 from cluster.placement import Workers, check_capacity
 from cluster.report import write_report
-from cluster.run_directory import RunDirectory
+from cluster.run_directory import RunDirectory, write_atomically
 from cluster.session import session
 from cluster.training import run_workers
 from cluster.weights import WeightStore
@@ -35,6 +36,7 @@ from jobs import cli, results, stages
 from jobs.configs import PPOConfig
 from jobs.prepare import file_prompts, split_prompts
 from jobs.rewards import Rewards
+from jobs.sampling import Cast
 from jobs.training import VERIFIED_BYTES
 from llama2.chat import encode_prompt
 from llama2.checkpoint import check_folder
@@ -96,6 +98,7 @@ def main(config: PPOConfig) -> None:
         stack.enter_context(session(config.cluster))
         check_capacity(roles(config, rewards))
         run.open(cli.plain(config), may_change=MAY_CHANGE)
+        check_unchanged(run, models, rewards, prompts)
         train(config, run, models, rewards, prompts, pretraining)
     results.write(run, results.best_step(run) if config.patience else config.iterations)
     write_report(run, f"{run.name}: PPO", note=results.NOTE)
@@ -212,6 +215,25 @@ def pretraining_rows(config: PPOConfig) -> Path:
             "--ppo.ptx-coefficient 0."
         )
     return folder
+
+
+def check_unchanged(run: RunDirectory, models: Models, rewards: Rewards, prompts: Prompts) -> None:
+    """Raise `ValueError` where a model or the prompts are no longer those that the run began with,
+    which it keeps checksums of."""
+    digest = hashlib.blake2b(digest_size=16)
+    for prompt in (*prompts.train, *prompts.heldout):
+        digest.update(repr((prompt.messages, prompt.safety)).encode("utf-8", "backslashreplace"))
+    found = Cast(models.policy, rewards).hashes | {"prompts": digest.hexdigest()}
+    path = run.path / "inputs.json"
+    if not path.exists():
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+    for name, before in json.loads(path.read_text()).items():
+        if found[name] != before:
+            what = "prompts" if name == "prompts" else f"{name} model"
+            raise ValueError(
+                f"The {what} changed since {run.name} began (hash {before}, now {found[name]}); "
+                "put it back as it was, or give another --name."
+            )
 
 
 def check_sizes(config: PPOConfig) -> None:

@@ -253,16 +253,22 @@ def dealt(root: Path, tasks: dict[str, LearnTask], path: Path) -> None:
 
 
 def test_two_workers_learn_as_one_does(root: Path, tmp_path: Path) -> None:
-    for world in (1, 2):
+    """However their state is sharded."""
+    groups = {"alone": (1, 1), "zero-1": (2, 1), "zero-2": (2, 2), "zero-3": (2, 3)}
+    for group, (world, stage) in groups.items():
         tasks = {
-            name: learn_task(root, f"dealt-{name}-{world}", ppo, coordinator=None)
+            name: learn_task(
+                root, f"dealt-{name}-{group}", ppo, coordinator=None,
+                engine=EngineConfig(zero_stage=stage),  # type: ignore[arg-type]
+            )
             for name, ppo in OPTIONS.items()
-        }
-        run_group(world, dealt, root, tasks, tmp_path / str(world))
-    one, two = (torch.load(tmp_path / str(world)) for world in (1, 2))
-    for name in OPTIONS:
-        for alone, shared in zip(one[name], two[name], strict=True):
-            assert shared == pytest.approx(alone, rel=2e-3, abs=2e-5)
+        }  # fmt: skip
+        run_group(world, dealt, root, tasks, tmp_path / group)
+    alone, *others = (torch.load(tmp_path / group) for group in groups)
+    for shared in others:
+        for name in OPTIONS:
+            for one, two in zip(alone[name], shared[name], strict=True):
+                assert two == pytest.approx(one, rel=2e-3, abs=2e-5)
 
 
 def lines(found: RunDirectory) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """What a user may get wrong is told in one sentence, before a worker or a cluster starts."""
 
 import json
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,6 +219,36 @@ def test_a_run_of_another_config(tmp_path: Path, folders: Folders) -> None:
     data = replace(TINY.prepare, runs=tmp_path, name="data")
     RunDirectory(tmp_path, "data").open(cli.plain(data))
     assert "world_seed (0 there, 1 now)" in refusal(prepare.main, replace(data, world_seed=1))
+
+
+def test_inputs_of_ppo_that_changed_since_it_began(
+    tmp_path: Path, folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same names: a run that goes on would mix two of them."""
+
+    @contextmanager
+    def connected(config: object) -> Iterator[None]:
+        yield
+
+    def started(*arguments: object) -> None:
+        raise SessionEntered
+
+    monkeypatch.setattr(ppo, "session", connected)
+    monkeypatch.setattr(ppo, "check_capacity", lambda roles: None)
+    monkeypatch.setattr(ppo, "train", started)
+    reward = tmp_path / "reward"
+    shutil.copytree(folders.reward, reward)
+    config = replace(ppo_config(tmp_path, folders), helpfulness_model=reward)
+    for _ in range(2):
+        with pytest.raises(SessionEntered):
+            ppo.main(config)
+    said = config.prompts[0].read_text()
+    config.prompts[0].write_text(said.replace("cat 7", "dog 7"))
+    assert "The prompts changed since mine began" in refusal(ppo.main, config)
+    config.prompts[0].write_text(said)
+    shutil.copyfile(folders.other_reward / "model.safetensors", reward / "model.safetensors")
+    shutil.copyfile(folders.other_reward / "config.json", reward / "config.json")
+    assert "The helpfulness model changed since mine began" in refusal(ppo.main, config)
 
 
 def test_a_large_preset_names_the_runs_that_it_needs(tmp_path: Path) -> None:
