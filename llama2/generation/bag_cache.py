@@ -76,8 +76,9 @@ class BagCache:
         self._hidden = torch.empty(0)
         self._chunks: list[_Chunks] = []
 
-    def take_memory(self) -> None:
-        """Touch all pages now, which costs as much as writing them, instead of one by one."""
+    def clear(self) -> None:
+        """Zero all pages. Their memory, of which else each is taken when it is first written to,
+        is taken at once."""
         self._keys.zero_()
         self._values.zero_()
 

@@ -33,8 +33,9 @@ class TileCache:
             zeros((layers, *shape), dtype) for shape in room_for(config, pages)
         )
 
-    def take_memory(self) -> None:
-        """Touch all pages now, which costs as much as writing them, instead of one by one."""
+    def clear(self) -> None:
+        """Zero all pages. Their memory, of which else each is taken when it is first written to,
+        is taken at once."""
         self.keys.zero_()
         self.values.zero_()
 

@@ -140,6 +140,7 @@ class Engine:
         self, request: Request, token: int, logprob: float, alternatives: Alternatives
     ) -> Token:
         if math.isnan(logprob):
+            self._runner.cache.clear()  # a number that is none spreads beyond its row
             raise FloatingPointError(
                 f"The model gives no number behind token {len(request.tokens)} of request "
                 f"{request.id}; its weights are damaged."

@@ -83,7 +83,7 @@ class Runner:
         self.pages = -(-tokens // kind.page_size)
         self.cache = cache = kind(model.config, self.pages, weight.dtype, weight.device)
         if cache_tokens and not isinstance(cache, VarlenCache):
-            cache.take_memory()  # what was asked for is there; a default is taken as needed
+            cache.clear()  # what was asked for is there; a default is taken as needed
         self._decoding: Decoding
         if isinstance(cache, TileCache):
             assert kernels is not None

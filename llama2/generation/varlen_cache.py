@@ -59,6 +59,11 @@ class VarlenCache:
         self.reading: Reading | None = None
         self._device = device
 
+    def clear(self) -> None:
+        """Zero all pages."""
+        self.keys.zero_()
+        self.values.zero_()
+
     def copy(self, source: int, target: int) -> None:
         """Give one page the content of another."""
         self.keys[:, target] = self.keys[:, source]

@@ -292,3 +292,16 @@ def test_weights_that_are_no_numbers_are_told(model: Transformer) -> None:
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="no number behind token 3 of request 0"):
         Engine(broken).generate([[1, 2, 3]])
+
+
+def test_damaged_weights_leave_nothing_in_pages(model: Transformer) -> None:
+    damaged = Transformer(CONFIG).eval()
+    damaged.load_state_dict(model.state_dict())
+    engine = Engine(damaged, cache_tokens=256)
+    with torch.no_grad():
+        damaged.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="no number"):
+        engine.generate([[5] * 40] * 4)
+    damaged.load_state_dict(model.state_dict())
+    engine.weights_changed()
+    assert engine.generate(PROMPTS, SAMPLING) == Engine(model).generate(PROMPTS, SAMPLING)
