@@ -23,6 +23,7 @@ from jobs import cli
 from jobs.assembly import assemble
 from jobs.preparation import WORK, Counts, Preparation, Wanted, clean, encode
 from jobs.prepare_config import PrepareConfig
+from llama2.chat import check_text
 from llama2.cleaning import Decontamination
 from llama2.encoding import is_held_out
 from llama2.mixing import check_mix
@@ -238,7 +239,8 @@ def _said(record: Usable | Skipped) -> Iterator[str]:
 
 
 def file_prompts(paths: Sequence[Path]) -> list[Prompt]:
-    """The prompts in users' files. Raises `ValueError` where a file holds none."""
+    """The prompts in users' files. Raises `ValueError` where a file holds none, or one that is no
+    text."""
     prompts: list[Prompt] = []
     for path in paths:
         found = [
@@ -249,6 +251,9 @@ def file_prompts(paths: Sequence[Path]) -> list[Prompt]:
         ]
         if not found:
             raise ValueError(f"{path} holds no prompt.")
+        for prompt in found:
+            for message in prompt.messages:
+                check_text(message.content, f"{prompt.source}: the prompt")
         prompts += found
     return prompts
 

@@ -42,6 +42,17 @@ class EncodedDialogue:
     is_answer: list[bool]
 
 
+def check_text(text: str, what: str) -> None:
+    """Raise `ValueError`, of `what`, where a text cannot be written in Unicode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds half of a surrogate pair ({text[error.start]!r}), which is no "
+            "character; remove it."
+        ) from error
+
+
 def dialogue_fault(messages: Sequence[Message]) -> str | None:
     """What keeps `messages` from being a dialogue, as half a sentence, or None.
 

@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 
 from llama2.batches import TokenSequence
-from llama2.chat import Message, encode_dialogue
+from llama2.chat import Message, check_text, encode_dialogue
 from llama2.records import Comparison, Dialogue, Document, Rating, SafetyLabel
 from llama2.tokenizer import Tokenizer
 
@@ -41,8 +41,11 @@ def encode(
     A text is cut into pieces that fit. A dialogue that is too long is cut at its end and kept while
     an answer token is left. A comparison that is too long loses the oldest tokens of its prompt;
     one whose answers alone do not fit, or whose chosen answer is the unsafe one (section 3.2.1),
-    is dropped.
+    is dropped. Raises `ValueError` that names its source where one holds what is no text, which
+    cleaning would have repaired.
     """
+    for text in _texts(record):
+        check_text(text, f"{record.source}: the text")
     if isinstance(record, Document):
         yield from _encode_text(record.text, tokenizer, context)
     elif isinstance(record, Dialogue):
@@ -52,6 +55,14 @@ def encode(
             yield Encoded((sequence,), _first_words(record.messages))
     elif record.safety != "chosen_unsafe":
         yield from _encode_pair(record, tokenizer, context)
+
+
+def _texts(record: Document | Dialogue | Comparison) -> list[str]:
+    if isinstance(record, Document):
+        return [record.text]
+    if isinstance(record, Dialogue):
+        return [message.content for message in record.messages]
+    return [*(message.content for message in record.prompt), record.chosen, record.rejected]
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, context: int) -> Iterator[Encoded]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama2 import checkpoint
-from llama2.chat import Message, encode_prompt
+from llama2.chat import Message, check_text, encode_prompt
 from llama2.config import ModelConfig
 from llama2.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 
@@ -51,14 +51,14 @@ class Prompting:
         no text."""
         if not text:
             raise ValueError("The prompt is empty; give some text to continue.")
-        _check_text(text)
+        check_text(text, "The prompt")
         return self._checked([self.tokenizer.bos_id, *self.tokenizer.encode(text)])
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue to be answered. Raises `ValueError` where it is none, does not
         end with the user, is too long, or holds what is no text."""
         for message in messages:
-            _check_text(message.content)
+            check_text(message.content, "The prompt")
         return self._checked(encode_prompt(self.tokenizer, messages))
 
     def check_ids(self, tokens: Sequence[int]) -> list[int]:
@@ -79,16 +79,6 @@ class Prompting:
                 f"model's context of {self.context}; shorten it."
             )
         return tokens
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"The prompt holds half of a surrogate pair ({text[error.start]!r}), which is no "
-            "character; remove it."
-        ) from error
 
 
 def sample_seed(seed: int, *place: str | int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from actors.cleaner import RecordCleaner
 from actors.generator_config import GeneratorConfig
 from cluster.placement import Workers
 from cluster.run_directory import RunDirectory
@@ -21,7 +22,10 @@ from jobs.ppo import Models, find_prompts
 from jobs.presets import preset
 from llama2 import checkpoint
 from llama2.chat import Message, encode_prompt
+from llama2.cleaning import CleaningSettings
+from llama2.encoding import encode
 from llama2.lora import LoraConfig
+from llama2.records import Dialogue, parse_dialogues
 from llama2.tokenizer import load_tokenizer
 from tests.jobs.refusals import (
     CONTEXT,
@@ -100,6 +104,21 @@ def test_wrong_fields(tmp_path: Path, folders: Folders) -> None:
     found = refusal(reward_model.main, config)
     assert f"{pairs} line 1" in found
     assert "no comparison" in found
+
+
+def test_what_is_no_text(tmp_path: Path, folders: Folders) -> None:
+    """A lone surrogate, which JSON can spell: named for prompts, and repaired or named for data."""
+    config = ppo_config(tmp_path, folders)
+    path = config.prompts[0]
+    path.write_text(path.read_text() + json.dumps({"prompt": "Who \ud800?"}) + "\n")
+    assert f"{path} line 41: the prompt holds half of a surrogate" in refusal(ppo.main, config)
+    (dialogue,) = parse_dialogues({"prompt": "Who?", "response": "a \udc00"}, "data line 3")
+    assert isinstance(dialogue, Dialogue)
+    tokenizer = load_tokenizer(folders.policy)
+    with pytest.raises(ValueError, match="data line 3: the text holds half of a surrogate pair"):
+        list(encode(dialogue, tokenizer, CONTEXT))
+    repaired = RecordCleaner(CleaningSettings(), None).clean(dialogue)
+    assert isinstance(repaired, Dialogue) and list(encode(repaired, tokenizer, CONTEXT))
 
 
 def test_a_prompt_as_long_as_the_context(tmp_path: Path, folders: Folders) -> None:
