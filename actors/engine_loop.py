@@ -105,7 +105,10 @@ class EngineLoop:
         if self._failure is None and began is not None:
             seconds = time.monotonic() - began
             if seconds > self._stuck_after:
-                self._fail(f"The engine is stuck: its step has taken {seconds:.0f} s so far.")
+                self._fail(
+                    "The engine is stuck: its step, or change of weights, has taken "
+                    f"{seconds:.0f} s so far."
+                )
         if self._failure is not None:
             raise EngineFailed(*self._failure.args)
 

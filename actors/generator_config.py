@@ -24,8 +24,8 @@ class GeneratorConfig(Workers):
     max_queued_requests: int = 1024
     """Calls that wait, per caller, for a replica with room; more are refused at once."""
     stuck_after: float = 300.0
-    """Seconds without a finished step after which a busy replica is taken for stuck and
-    replaced."""
+    """Seconds without a finished step, or change of weights, after which a busy replica is taken
+    for stuck and replaced."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

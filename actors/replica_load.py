@@ -6,7 +6,6 @@ travels by value.
 
 import math
 from collections import Counter
-from itertools import chain
 from typing import Any
 from weakref import finalize
 
@@ -35,7 +34,8 @@ class FewestExpectedTokens(RequestRouter):
         """Replicas from the least to the most charged; the first that has room gets the call."""
         charged: Counter[ReplicaID] = Counter()
         name = "" if pending_request is None else pending_request.metadata.internal_request_id
-        for call, (replica_id, tokens) in chain(self._charges.items(), self._sought.items()):
+        # A copy: a call may end, in any thread, while they are counted.
+        for call, (replica_id, tokens) in (self._charges | self._sought).items():
             if call != name:
                 charged[replica_id] += tokens
         ranked = sorted(candidate_replicas, key=lambda replica: charged[replica.replica_id])

@@ -8,7 +8,7 @@ folder of runs can be moved as a whole.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -119,6 +119,18 @@ def files_of(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     return sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def stamp(path: Path, besides: Collection[Path] = ()) -> str:
+    """Changes when a file, or a file in a folder, however deep, does; `besides` left out. Weights
+    may be too large to be read for that alone."""
+    left_out = {file.resolve() for file in besides}
+    digest = xxhash.xxh3_64()
+    for file in files_of(path):
+        if file.resolve() not in left_out:
+            found, name = file.stat(), file.relative_to(path if path.is_dir() else path.parent)
+            digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -48,6 +48,12 @@ def load_tasks(config: EvaluateConfig) -> Any:
     return found
 
 
+def task_files(config: EvaluateConfig) -> tuple[Path, ...]:
+    """Files and folders of tasks of one's own."""
+    files = [Path(name) for name in config.tasks if _is_file(name)]
+    return (*files, *([] if config.tasks_folder is None else [config.tasks_folder]))
+
+
 def run_tasks(
     config: EvaluateConfig, tasks: Any, model: MeasuredModel, prompting: Prompting
 ) -> tuple[dict[str, dict[str, Measure]], int]:
@@ -80,11 +86,15 @@ def run_tasks(
     return {name: measures for name, measures in found.items() if measures}, seen.shortened
 
 
+def _is_file(name: str) -> bool:
+    return Path(name).suffix == ".yaml"
+
+
 def _manager(folder: Path | None, names: Sequence[str]) -> Any:
     """Of the harness's own tasks, more than ten thousand files, only what is asked for is read."""
     from lm_eval.tasks import TaskManager
 
-    if all(Path(name).suffix == ".yaml" for name in names):
+    if all(map(_is_file, names)):
         return TaskManager(include_defaults=False)
     if folder is not None:
         own = TaskManager(include_path=str(folder), include_defaults=False)
@@ -94,7 +104,7 @@ def _manager(folder: Path | None, names: Sequence[str]) -> Any:
 
 
 def _loaded(manager: Any, name: str) -> Mapping[str, Any]:
-    is_file = Path(name).suffix == ".yaml"
+    is_file = _is_file(name)
     if is_file and not Path(name).is_file():
         raise FileNotFoundError(f"There is no file {name}; --tasks names tasks or yaml files.")
     if not is_file and name not in manager.all_tasks:

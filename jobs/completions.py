@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import xxhash
 
 from actors.records import Sample
 from cluster.files import data_files, read_records
+from cluster.lineage import stamp
 from jobs.generate_config import GenerateConfig
 from llama2.chat import Message
 from llama2.prompting import Prompting
@@ -175,7 +176,7 @@ def _settings(config: GenerateConfig) -> Json:
     assert config.output is not None
     return {
         "model": str(config.model.resolve()),
-        "files of the model": _stamp(config.model, (config.output, _settings_file(config.output))),
+        "files of the model": stamp(config.model, (config.output, _settings_file(config.output))),
         "input": _digest(config),
         "format": config.format,
         "num_samples": config.num_samples,
@@ -196,17 +197,4 @@ def _digest(config: GenerateConfig) -> str:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()
-
-
-def _stamp(folder: Path, besides: Collection[Path]) -> str:
-    """Changes when the folder's files do, `besides` left out. Weights may be too large to be read
-    for that alone."""
-    left_out = {path.resolve() for path in besides}
-    digest = xxhash.xxh3_64()
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        if path.resolve() in left_out:
-            continue
-        found = path.stat()
-        digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()

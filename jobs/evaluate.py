@@ -6,7 +6,6 @@ python jobs/evaluate.py --name chat --models A B --against C --prompts prompts.j
 
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from pathlib import Path
 
 from actors.generator import check_backend
 from actors.generator_config import GeneratorConfig
@@ -107,20 +106,14 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
         texts,
         conversations,
         tasks,
-        task_files(config),
+        academic.task_files(config),
     )
-
-
-def task_files(config: EvaluateConfig) -> tuple[Path, ...]:
-    """Files and folders of academic tasks of one's own."""
-    files = [Path(name) for name in config.tasks if Path(name).suffix == ".yaml"]
-    return (*files, *([] if config.tasks_folder is None else [config.tasks_folder]))
 
 
 def check_unchanged(run: RunDirectory, inputs: Inputs) -> None:
     """Raise `ValueError` where what a finished evaluation was of is no longer the same."""
     summary = run.summary() or {}
-    before, scorers = summary["stamps"], summary.get("scorers", inputs.scorers)
+    before, scorers = summary["stamps"], summary["scorers"]
     for name in ("helpfulness", "safety"):
         if scorers.get(name) != inputs.scorers.get(name):
             raise ValueError(

@@ -11,9 +11,10 @@ import xxhash
 from actors.conversing import Conversation
 from actors.reward_function import load_scorer
 from cluster.files import read_records
+from cluster.lineage import stamp
 from cluster.run_directory import RunDirectory
 from jobs.evaluate_config import EvaluateConfig
-from jobs.evaluation_texts import TextSet, stamp
+from jobs.evaluation_texts import TextSet
 from jobs.prepare import file_prompts
 from llama2.chat import Message
 from llama2.checkpoint import check_folder

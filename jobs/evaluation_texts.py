@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from actors.measured_model import MeasuredModel
 from cluster.files import data_files, read_records
+from cluster.lineage import stamp
 from jobs.evaluate_config import EvaluateConfig
 from llama2.batches import TokenSequence
 from llama2.encoding import encode
@@ -132,14 +131,3 @@ def _text_set(path: Path, name: str, most: int) -> TextSet:
 
 def _cut(sequence: TokenSequence, context: int) -> TokenSequence:
     return TokenSequence(sequence.tokens[: context + 1], sequence.is_target[: context + 1])
-
-
-def stamp(path: Path) -> str:
-    """Changes when a file, or a file of a folder, does. Weights may be too large to be read for
-    that alone."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    digest = xxhash.xxh3_64()
-    for file in (file for file in files if file.is_file()):
-        found = file.stat()
-        digest.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
-    return digest.hexdigest()

@@ -205,6 +205,7 @@ def _texts(preparation: Preparation, cleaned: Counts) -> Iterator[str]:
         room = TOKENIZER_CHARACTERS // len(several)
         for record in islice(records, TOKENIZER_RECORDS // len(several)):
             for text in _said(record):
+                check_text(text, f"{record.source}: the text")
                 yield text[:room]
                 room -= len(text)
             if room <= 0:

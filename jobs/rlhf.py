@@ -26,7 +26,7 @@ from jobs.evaluate_config import EvaluateConfig
 from jobs.evaluation_adherence import check_constraints
 from jobs.evaluation_results import interval
 from jobs.evaluation_texts import find_texts
-from jobs.ppo import Models
+from jobs.ppo_inputs import Models, check_policy, find_prompts, pretraining_rows
 from jobs.prepare import sources
 from jobs.prepare_config import PrepareConfig
 from jobs.rlhf_config import MAY_CHANGE, RlhfConfig
@@ -109,10 +109,7 @@ def check_named(config: RlhfConfig) -> None:
             )
     pretraining = config.ppo.pretraining_data or config.data
     if config.ppo.ppo.ptx_coefficient and pretraining is not None:
-        ppo.pretraining_rows(replace(config.ppo, pretraining_data=pretraining))
-    for folder in (config.base, config.policy):
-        if folder is not None:
-            check_folder(folder, scalar=False)
+        pretraining_rows(replace(config.ppo, pretraining_data=pretraining))
     if config.data is not None and not (config.data / "prompts" / "train.jsonl").is_file():
         raise ValueError(f"{config.data} holds no prepared prompts; prepare some with --prompts.")
     if config.annotations is not None and not config.annotations.is_dir():
@@ -122,10 +119,12 @@ def check_named(config: RlhfConfig) -> None:
 
 
 def _check_training(config: RlhfConfig) -> None:
-    model = config.sft.model if config.policy is None else check_folder(config.policy, scalar=False)
-    for name in ("helpfulness", "safety", "sft"):
+    for name, start in (
+        ("helpfulness", config.policy), ("safety", config.policy), ("sft", config.base)
+    ):  # fmt: skip
         one = getattr(config, name)
-        training.check_settings(one, model, start=config.policy or config.runs)
+        model = one.model if start is None else check_folder(start, scalar=False)
+        training.check_settings(one, model, fresh=False)
         if one.tokenizer is not None:
             raise ValueError(f"All models have the policy's tokenizer; leave {name}.tokenizer out.")
     for one in (config.helpfulness, config.safety):
@@ -143,11 +142,11 @@ def _check_evaluation(config: EvaluateConfig) -> None:
 
 
 def check_prompts(config: RlhfConfig, start: Start) -> None:
-    """Raise `ValueError` where no prompt, or no held-out one, leaves room for an answer: those that
-    do not are left out by every stage."""
+    """Raise `ValueError` where no prompt, or no held-out one, leaves room for the longest answer of
+    PPO, which asks for the most of all stages."""
     models = Models(start.policy, start.policy, start.policy)
     asked = replace(config.ppo, prompts=start.prompts, long_prompts="drop")
-    ppo.find_prompts(asked, ppo.check_policy(start.policy), models)
+    find_prompts(asked, check_policy(start.policy), models)
 
 
 def _needed(config: RlhfConfig) -> list[str]:

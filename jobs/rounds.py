@@ -7,6 +7,7 @@ from typing import Any
 
 from cluster.run_directory import RunDirectory
 from jobs import (
+    academic,
     comparisons,
     context_distillation,
     evaluate,
@@ -19,6 +20,7 @@ from jobs import (
 )
 from jobs.annotations import Aspect
 from jobs.configs import JobConfig
+from jobs.ppo_inputs import pretraining_rows
 from jobs.prepare_config import PrepareConfig
 from jobs.rlhf_config import RlhfConfig
 
@@ -237,7 +239,7 @@ class Plan:
     def _ppo(self, number: int) -> Stage:
         name, chosen = f"v{number}-ppo", self.config.ppo
         mixed = replace(chosen, pretraining_data=chosen.pretraining_data or self.start.data)
-        rows = (ppo.pretraining_rows(mixed),) if chosen.ppo.ptx_coefficient else ()
+        rows = (pretraining_rows(mixed),) if chosen.ppo.ptx_coefficient else ()
 
         def job() -> JobConfig:
             return self._sampled(mixed, name, number, long_prompts="drop")
@@ -263,7 +265,7 @@ class Plan:
 
         parents = (*(self.version(number) for number in versions), *rewards, DATA)
         chosen = self.config.evaluate
-        files = _given(chosen.constraints, *chosen.texts, *evaluate.task_files(chosen))
+        files = _given(chosen.constraints, *chosen.texts, *academic.task_files(chosen))
         return Stage("evaluation", parents, evaluate.main, job, files, ("evaluation.json",))
 
 

@@ -72,7 +72,7 @@ def train_job(
     tokenizer = None if known is None else load_tokenizer(known)
     if tokenizer is not None:
         check_vocabulary(tokenizer, model.vocab_size)
-    check_settings(config, model, start)
+    check_settings(config, model, fresh=start is None)
     if inputs.raw is not None:
         check(inputs.raw, sources(inputs.raw))
     else:
@@ -94,8 +94,9 @@ def train_job(
     print(f"{run.name}: the model is in {run.model}, the report is {run.report}.")
 
 
-def check_settings(config: TrainConfig, model: ModelConfig, start: Path | None) -> None:
-    """Raise `ValueError` for numbers that do not go together, or not with the model."""
+def check_settings(config: TrainConfig, model: ModelConfig, fresh: bool) -> None:
+    """Raise `ValueError` for numbers that do not go together, or not with the model, whose weights
+    are drawn where it is `fresh`."""
     check_degree(model, config.sequence_parallel)
     shares = len(groups(config.workers.count, config.sequence_parallel))
     if config.batch_rows < shares:
@@ -117,7 +118,7 @@ def check_settings(config: TrainConfig, model: ModelConfig, start: Path | None) 
         raise ValueError(
             "patience counts evaluations, and eval_every 0 makes them at the end only; set it."
         )
-    if config.lora.rank and start is None:
+    if config.lora.rank and fresh:
         raise ValueError(
             "LoRA trains updates of a model that is there; give --start, or leave --lora.rank 0."
         )

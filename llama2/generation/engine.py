@@ -52,6 +52,7 @@ class Engine:
         self._pages = Pages(self._runner.pages, cache.page_size)
         self._scheduler = Scheduler(self._pages, max_batch_size, chunk, 2 * chunk, cache.copy)
         self._requests: dict[str, Request] = {}
+        self._damaged = False
         self._share_prefixes = share_prefixes
 
     @property
@@ -107,6 +108,9 @@ class Engine:
         assert not self.busy, "requests are unfinished"
         self._runner.weights_changed()
         self._pages.forget()
+        if self._damaged:  # what is no number in a page spreads to rows that are given it later
+            self._runner.cache.clear()
+            self._damaged = False
 
     def generate(
         self,
@@ -140,7 +144,7 @@ class Engine:
         self, request: Request, token: int, logprob: float, alternatives: Alternatives
     ) -> Token:
         if math.isnan(logprob):
-            self._runner.cache.clear()  # a number that is none spreads beyond its row
+            self._damaged = True
             raise FloatingPointError(
                 f"The model gives no number behind token {len(request.tokens)} of request "
                 f"{request.id}; its weights are damaged."

@@ -18,7 +18,7 @@ from cluster.run_directory import RunDirectory
 from cluster.session import ClusterConfig
 from jobs import cli, ppo, prepare, pretrain, quickstart, reward_model, sft, training
 from jobs.configs import PretrainConfig
-from jobs.ppo import Models, find_prompts
+from jobs.ppo_inputs import Models, find_prompts
 from jobs.presets import preset
 from llama2 import checkpoint
 from llama2.chat import Message, encode_prompt

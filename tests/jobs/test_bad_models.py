@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import ppo, pretrain, sft, training
-from jobs.ppo import Models
+from jobs.ppo_inputs import Models, check_models
 from llama2.tokenizer import load_tokenizer
 from tests.jobs.refusals import (
     CONTEXT,
@@ -95,7 +95,7 @@ def test_a_reward_model_with_another_tokenizer(tmp_path: Path, folders: Folders)
     with pytest.raises(SessionEntered):
         ppo.main(replace(ppo_config(tmp_path, folders), safety_model=folders.other_reward))
     with pytest.raises(ValueError, match=f"{folders.other_reward} has another tokenizer than"):
-        ppo.check_models(Models(folders.policy, folders.reward, folders.other_reward))
+        check_models(Models(folders.policy, folders.reward, folders.other_reward))
 
 
 def test_pretraining_rows_that_the_policy_cannot_read(tmp_path: Path, folders: Folders) -> None:

@@ -305,7 +305,7 @@ def test_prompts_that_a_model_has_no_room_for_may_be_left_out(models: Path, tmp_
 
 
 class Says:
-    """Answers by turn: the third number of tokens tells which."""
+    """The n-th answer to every question of the n-th turn."""
 
     def __init__(self, answers: Sequence[str]) -> None:
         self.answers, self.turn = answers, 0

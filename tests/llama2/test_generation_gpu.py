@@ -5,7 +5,7 @@ import torch
 
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling
-from llama2.generation.varlen_cache import VarlenCache, reads_pages
+from llama2.generation.varlen_cache import VarlenCache
 from llama2.model import Transformer, initialize
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +42,8 @@ def logprobs(checked: Transformer, prompt: list[int], answer: list[int]) -> torc
 def test_logprobs_are_those_of_the_model(dtype: torch.dtype) -> None:
     checked = model(dtype)
     engine = Engine(checked, chunk=200)
-    assert isinstance(engine._runner.cache, VarlenCache) == reads_pages(dtype, torch.device("cuda"))
+    if torch.__version__ >= "2.13":
+        assert isinstance(engine._runner.cache, VarlenCache) == (dtype == torch.bfloat16)
     made = engine.generate(prompts(), Sampling(max_new_tokens=40, stop_ids=()))
     assert engine.counters.reused > 0
     for prompt, completion in zip(prompts(), made, strict=True):
@@ -51,6 +52,7 @@ def test_logprobs_are_those_of_the_model(dtype: torch.dtype) -> None:
         assert difference < (0.03 if dtype == torch.bfloat16 else 1e-4)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older torch reads no pages")
 def test_graphs_compute_what_single_launches_do() -> None:
     sampling = Sampling(max_new_tokens=60, stop_ids=())
     captured, launched = Engine(model(torch.bfloat16)), Engine(model(torch.bfloat16))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from llama2.config import ModelConfig
 from llama2.generation import Engine, Sampling, graphs, runner
@@ -98,8 +99,10 @@ def test_pages_give_what_the_engine_on_a_cpu_does(
         assert isinstance(decoding._graphs, Uncaptured) and decoding._graphs.replayed > 20
 
 
-def test_pages_are_for_gpus_and_not_for_float32() -> None:
+def test_pages_are_for_gpus_and_not_for_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    assert reads_pages(torch.bfloat16, gpu) == (torch.__version__ >= "2.13")
+    for version, reads in (("2.11.0", False), ("2.12.1", False), ("2.13.0+cu130", True)):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+        assert reads_pages(torch.bfloat16, gpu) == reads
     assert not reads_pages(torch.float32, gpu)
     assert not reads_pages(torch.bfloat16, torch.device("cpu"))
