@@ -12,7 +12,7 @@ import xxhash
 from actors.sources import SourcePart, Usable
 from actors.work_folder import WorkFolder, read_lines, record_line
 from cluster.data import Json
-from llama2.chat import Message, dialogue_fault
+from llama2.chat import Message, check_text, dialogue_fault
 from llama2.cleaning import (
     Cleaner,
     CleaningSettings,
@@ -20,6 +20,7 @@ from llama2.cleaning import (
     normalize,
     write_signatures,
 )
+from llama2.encoding import texts_of
 from llama2.records import Comparison, Dialogue, Document, Skipped
 from llama2.whole_files import whole_file
 
@@ -51,6 +52,8 @@ def clean_part(task: CleanTask) -> Json:
             if isinstance(cleaned, Skipped):
                 dropped[cleaned.reason] += 1
                 continue
+            for text in texts_of(cleaned):  # its place is not kept
+                check_text(text, f"{cleaned.source}: the text")
             file.write(record_line(cleaned))
             if not isinstance(cleaned, Document):
                 hashes.append(_identity(cleaned))
@@ -136,7 +139,10 @@ class RecordCleaner:
     def _repaired(self, messages: Sequence[Message]) -> tuple[Message, ...]:
         if not self._settings.normalize:
             return tuple(messages)
-        return tuple(Message(message.role, normalize(message.content)) for message in messages)
+        return tuple(
+            Message(message.role, normalize(message.content, as_prose=False))
+            for message in messages
+        )
 
     def _contamination(self, messages: Sequence[Message]) -> str | None:
         if self._benchmarks is None:

@@ -27,6 +27,7 @@ from cluster.tracking import Tracker
 from llama2 import checkpoint
 from llama2.config import ModelConfig
 from llama2.lora import LoraConfig, apply_lora
+from llama2.mixing import drawn
 from llama2.model import ScalarModel, Transformer, initial_weights
 from llama2.packing import sample_order
 from llama2.preference_mix import Aspect
@@ -149,7 +150,8 @@ class Trainer:
         return metrics
 
     def _measure(self) -> dict[str, float]:
-        rows = range(min(self.task.eval_rows, len(self.heldout)))
+        # Of all sources and lengths, which lie one behind the other.
+        rows = drawn([len(self.heldout)], self.task.eval_rows, seed=0)[0]
         found = evaluate(self.engine, self.judge, rows, self.task.micro_batches)
         if self.task.report_on:
             self.report = RewardReport.of(

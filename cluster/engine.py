@@ -123,7 +123,7 @@ class Engine:
         self.world_size = torch.distributed.get_world_size()
         self._deepspeed = deepspeed
         groups = _groups(module, config)
-        largest = max(parameter.numel() for group in groups for parameter in group["params"])
+        largest = max(parameter.numel() for parameter in module.parameters())
         settings = _settings(config, math.ceil(largest / self.world_size))
         if any(parameter.is_meta for parameter in module.parameters()):
             _fill(module, weights, config, settings)
@@ -353,7 +353,8 @@ def _groups(module: nn.Module, config: EngineConfig) -> list[dict[str, Any]]:
 
 
 def _settings(config: EngineConfig, largest: int) -> dict[str, Any]:
-    """DeepSpeed's config; `largest` is the number of elements of the largest sharded parameter."""
+    """DeepSpeed's config; `largest` is the number of elements of a rank's share of the largest
+    parameter, trained or not."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     place: dict[str, Any] = {"pin_memory": torch.cuda.is_available()}
     if config.nvme_path is not None:

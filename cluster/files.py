@@ -164,6 +164,8 @@ def json_records(lines: Iterable[bytes], path: Path, first: int = 1) -> Iterator
                 f"{where} is not valid JSON ({error.msg} at column {error.colno}); correct or "
                 "remove that line."
             ) from error
+        except (ValueError, RecursionError) as error:  # a number too long, too many brackets
+            raise ValueError(f"{where} cannot be read as JSON ({error}); correct it.") from error
         yield _record(value, where)
 
 
@@ -181,6 +183,8 @@ def _read_json(path: Path) -> Iterator[Record]:
             f"{path} line {error.lineno} is not valid JSON ({error.msg} at column {error.colno}); "
             "correct it."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); correct it.") from error
     for number, value in enumerate(values, 1):
         yield _record(value, f"{path} item {number}")
 

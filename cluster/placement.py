@@ -60,3 +60,17 @@ def check_capacity(roles: Mapping[str, Workers]) -> None:
                     f"Each {name} worker asks for {getattr(role, unit):g} {unit} and no node has "
                     f"more than {largest:g}; ask for less."
                 )
+    for name, role in roles.items():
+        fitting = sum(min(role.count, _fitting(role, node)) for node in nodes)
+        if fitting < role.count:
+            raise ValueError(
+                f"Only {fitting} of {role.count} {name} workers fit onto the nodes, as none can be "
+                "parted between two; ask for fewer, or smaller ones."
+            )
+
+
+def _fitting(role: Workers, node: Mapping[str, float]) -> int:
+    """How many workers of a role a node could hold."""
+    shares = (("CPU", role.cpus), ("GPU", role.gpus))
+    rooms = [node.get(resource, 0.0) / share + 1e-9 for resource, share in shares if share]
+    return int(min(rooms, default=role.count))

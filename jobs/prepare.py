@@ -25,7 +25,7 @@ from jobs.preparation import WORK, Counts, Preparation, Wanted, clean, encode
 from jobs.prepare_config import PrepareConfig
 from llama2.chat import check_text
 from llama2.cleaning import Decontamination
-from llama2.encoding import is_held_out
+from llama2.encoding import first_words, is_held_out
 from llama2.mixing import check_mix
 from llama2.records import Comparison, Dialogue, Document, Prompt, Skipped, parse_prompts
 from llama2.shards import Manifest
@@ -260,16 +260,13 @@ def file_prompts(paths: Sequence[Path]) -> list[Prompt]:
 
 
 def split_prompts(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts, no text in both; the first text is always held out."""
-
-    def key(prompt: Prompt) -> str:
-        return " ".join(message.content for message in prompt.messages)
-
-    first = key(prompts[0])
+    """Training and held-out prompts, parted by what the user says first, as dialogues and
+    comparisons are: no conversation is on both sides. The first one is always held out."""
+    first = first_words(prompts[0].messages)
     split: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in prompts:
-        held_out = key(prompt) == first or is_held_out(key(prompt), share)
-        split[held_out].append(prompt)
+        key = first_words(prompt.messages)
+        split[key == first or is_held_out(key, share)].append(prompt)
     return split
 
 

@@ -11,6 +11,7 @@ that template. Either way the prompt of an answer is a prefix of the dialogue's 
 space around a message is dropped.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,6 +21,8 @@ from llama2.tokenizer import HuggingFaceTokenizer, Tokenizer
 Role = Literal["system", "user", "assistant"]
 LossOn = Literal["all", "last"]
 """Which answers of a dialogue are to be learned."""
+MARK = re.compile("\ue000([0-9]+)\ue001")
+"""In a message's place, where a template writes it: no text holds these characters."""
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
@@ -40,6 +43,12 @@ class EncodedDialogue:
 
     tokens: list[int]
     is_answer: list[bool]
+
+    def scored(self) -> "EncodedDialogue":
+        """As reward models read it: up to the token that ends the last answer. Templates may write
+        a newline behind it, which samples have not."""
+        end = len(self.is_answer) - self.is_answer[::-1].index(True)
+        return EncodedDialogue(self.tokens[:end], self.is_answer[:end])
 
 
 def check_text(text: str, what: str) -> None:
@@ -92,7 +101,7 @@ def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
     if messages[-1].role != "user":
         raise ValueError("A prompt must end with a user message; drop the assistant message.")
     if isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.has_chat_template:
-        return tokenizer.encode_rendered(_render(tokenizer, messages, ask=True))[0]
+        return _encode_rendered(tokenizer, messages, ask=True)[0]
     tokens: list[int] = []
     for question, answer in _exchanges(messages):
         tokens += _encode_exchange(tokenizer, question, answer)
@@ -154,12 +163,38 @@ def _render(tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], ask: b
     return tokenizer.render(turns, add_generation_prompt=ask)
 
 
+def _encode_rendered(
+    tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], ask: bool
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens and their characters. Control tokens that messages spell stay text: else what is said
+    could forge turns."""
+    text = _render(tokenizer, messages, ask)
+    if not any(tokenizer.control.search(message.content) for message in messages):
+        return tokenizer.encode_rendered(text)
+    numbered = [Message(m.role, f"\ue000{i}\ue001") for i, m in enumerate(messages)]
+    built, spelled = "", []
+    for place, piece in enumerate(MARK.split(_render(tokenizer, numbered, ask))):
+        if not place % 2:
+            built += piece
+            continue
+        said = messages[int(piece)].content.strip()
+        found = tokenizer.control.finditer(said)
+        spelled += [(len(built) + one.start(), len(built) + one.end()) for one in found]
+        built += said
+    if built != text:
+        raise ValueError(
+            "The tokenizer's chat template changes what is said, so that its control tokens cannot "
+            "be told from those that a message spells; remove these."
+        )
+    return tokenizer.encode_rendered(text, spelled)
+
+
 def _encode_with_template(
     tokenizer: HuggingFaceTokenizer, messages: Sequence[Message], answers: LossOn
 ) -> EncodedDialogue:
     """Answers are found by rendering every beginning of the dialogue: each adds one turn's text."""
     text = _render(tokenizer, messages, ask=False)
-    tokens, spans = tokenizer.encode_rendered(text)
+    tokens, spans = _encode_rendered(tokenizer, messages, ask=False)
     is_answer = [False] * len(tokens)
     turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for turn in turns if answers == "all" else turns[-1:]:

@@ -44,7 +44,7 @@ def encode(
     is dropped. Raises `ValueError` that names its source where one holds what is no text, which
     cleaning would have repaired.
     """
-    for text in _texts(record):
+    for text in texts_of(record):
         check_text(text, f"{record.source}: the text")
     if isinstance(record, Document):
         yield from _encode_text(record.text, tokenizer, context)
@@ -52,12 +52,13 @@ def encode(
         encoded = encode_dialogue(tokenizer, record.messages, answers=record.loss_on)
         sequence = _sequence(encoded.tokens[:context], encoded.is_answer[:context])
         if sequence.is_target.any():
-            yield Encoded((sequence,), _first_words(record.messages))
+            yield Encoded((sequence,), first_words(record.messages))
     elif record.safety != "chosen_unsafe":
         yield from _encode_pair(record, tokenizer, context)
 
 
-def _texts(record: Document | Dialogue | Comparison) -> list[str]:
+def texts_of(record: Document | Dialogue | Comparison) -> list[str]:
+    """All that a record says."""
     if isinstance(record, Document):
         return [record.text]
     if isinstance(record, Dialogue):
@@ -76,15 +77,14 @@ def _encode_text(text: str, tokenizer: Tokenizer, context: int) -> Iterator[Enco
 def _encode_pair(record: Comparison, tokenizer: Tokenizer, context: int) -> Iterator[Encoded]:
     sequences = []
     for answer in (record.chosen, record.rejected):
-        encoded = encode_dialogue(
-            tokenizer, (*record.prompt, Message("assistant", answer)), answers="last"
-        )
+        dialogue = (*record.prompt, Message("assistant", answer))
+        encoded = encode_dialogue(tokenizer, dialogue, answers="last").scored()
         if sum(encoded.is_answer) >= context:
             return
         sequences.append(_sequence(encoded.tokens[-context:], encoded.is_answer[-context:]))
     yield Encoded(
         tuple(sequences),
-        _first_words(record.prompt),
+        first_words(record.prompt),
         -1 if record.rating is None else RATINGS.index(record.rating),
         -1 if record.safety is None else SAFETY_LABELS.index(record.safety),
     )
@@ -94,5 +94,6 @@ def _sequence(tokens: Sequence[int], is_target: Sequence[bool]) -> TokenSequence
     return TokenSequence(np.array(tokens, dtype=np.int64), np.array(is_target, dtype=np.bool_))
 
 
-def _first_words(messages: Sequence[Message]) -> str:
+def first_words(messages: Sequence[Message]) -> str:
+    """What the user says first, by which dialogues of one kind are kept on one side."""
     return next(message.content for message in messages if message.role == "user")

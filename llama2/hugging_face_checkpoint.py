@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -105,8 +106,7 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int
         ]
     for file, names in zip(files, shards, strict=True):
         tensors = {name: weights[name].detach().contiguous() for name in names}
-        # transformers refuses files that do not name the framework.
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file)
     if len(files) == 1:
         return files
     places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -114,6 +114,20 @@ def _write_weights(folder: Path, weights: Mapping[str, Tensor], shard_bytes: int
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return [*files, INDEX]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises `OSError` with the system's number where it cannot be
+    written, as onto a full disk."""
+    try:
+        # transformers refuses files that do not name the framework.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def _shards(weights: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:

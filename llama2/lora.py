@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from llama2.checkpoint_config import read_json
+from llama2.hugging_face_checkpoint import save_tensors
 from llama2.model import ScalarModel
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -181,8 +182,7 @@ def save_adapter(
     staged = folder / f".{CONFIG}"
     staged.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     (folder / CONFIG).unlink(missing_ok=True)
-    # transformers refuses files that do not name the framework.
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS)
     shutil.copymode(staged, folder / WEIGHTS)  # else no other user may read it
     os.replace(staged, folder / CONFIG)
 

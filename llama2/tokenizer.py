@@ -12,6 +12,7 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer that transformers reads: Llama 3, SmolLM, TinyLlama's chat models and the like.
 
-    `has_chat_template` says whether the folder brings a chat format of its own, not Llama 2's.
+    `has_chat_template` says whether the folder brings a chat format of its own, not Llama 2's;
+    `control` matches what spells a control token.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -134,6 +136,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.bos_id = self.eos_id if bos is None else bos
         self.pad_id = self.eos_id if pad is None else pad
         self.has_chat_template = _has_own_template(self._files)
+        added = self.hugging_face.added_tokens_decoder.values()
+        spelled = [re.escape(token.content) for token in added if token.special]
+        # The longest first, as one may begin like another.
+        self.control = re.compile("|".join(sorted(spelled, key=len, reverse=True)) or "(?!)")
 
     def encode(self, text: str) -> list[int]:
         return self.hugging_face.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -165,10 +171,24 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"The tokenizer's chat template refuses this dialogue: {error}."
             ) from error
 
-    def encode_rendered(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a rendered dialogue, control tokens read as such, and characters [start, end)."""
-        encoded = self.hugging_face(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded["input_ids"]), [(a, b) for a, b in encoded["offset_mapping"]]
+    def encode_rendered(
+        self, text: str, spelled: Sequence[tuple[int, int]] = ()
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a rendered dialogue, control tokens read as such, and characters [start, end).
+
+        spelled: characters of control tokens that are text.
+        """
+        edges = [0, *(place for span in spelled for place in span), len(text)]
+        tokens: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for number, (start, end) in enumerate(pairwise(edges)):
+            encoded = self.hugging_face(
+                text[start:end], add_special_tokens=False, return_offsets_mapping=True,
+                split_special_tokens=bool(number % 2),
+            )  # fmt: skip
+            tokens += encoded["input_ids"]
+            spans += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+        return tokens, spans
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

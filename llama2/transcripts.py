@@ -48,7 +48,7 @@ def encode_answered(
     """
     dialogue = (*prompt, Message("assistant", answer))
     if dialogue_fault(dialogue) is None:
-        tokens = encode_dialogue(tokenizer, dialogue, "last").tokens
+        tokens = encode_dialogue(tokenizer, dialogue, "last").scored().tokens
     else:
         asked = encode_prompt(tokenizer, prompt)
         tokens = [*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id]

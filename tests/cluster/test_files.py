@@ -211,3 +211,12 @@ def test_real_text_is_read_whole() -> None:
     blocks = [record["text"] for _, record in read_records(path)]
     whole = gzip.decompress(path.read_bytes()).decode()
     assert "".join(blocks).replace("\n", "") == whole.replace("\n", "")
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+def test_json_that_is_too_deep_or_long_is_named(tmp_path: Path, name: str, value: str) -> None:
+    path = tmp_path / name
+    path.write_text(f'{{"text": "a"}}\n{value}\n' if name.endswith("l") else f"[{value}]")
+    with pytest.raises(ValueError, match=f"{name}.* cannot be read as JSON"):
+        list(read_records(path))

@@ -19,13 +19,14 @@ from cluster.session import ClusterConfig
 from jobs import cli, ppo, prepare, pretrain, quickstart, reward_model, sft, training
 from jobs.configs import PretrainConfig
 from jobs.ppo_inputs import Models, find_prompts
+from jobs.prepare import split_prompts
 from jobs.presets import preset
 from llama2 import checkpoint
 from llama2.chat import Message, encode_prompt
 from llama2.cleaning import CleaningSettings
 from llama2.encoding import encode
 from llama2.lora import LoraConfig
-from llama2.records import Dialogue, parse_dialogues
+from llama2.records import Dialogue, Prompt, parse_dialogues
 from llama2.tokenizer import load_tokenizer
 from tests.jobs.refusals import (
     CONTEXT,
@@ -104,6 +105,18 @@ def test_wrong_fields(tmp_path: Path, folders: Folders) -> None:
     found = refusal(reward_model.main, config)
     assert f"{pairs} line 1" in found
     assert "no comparison" in found
+
+
+def test_no_conversation_is_asked_and_held_out() -> None:
+    """Prompts are its beginnings, as dialogues and comparisons are kept on a side by its first
+    question."""
+    turns = [Message("user", ""), Message("assistant", "Yes."), Message("user", "And then?")]
+    asked = [(replace(turns[0], content=f"Question {i}"), *turns[1:]) for i in range(60)]
+    prompts = [Prompt(one[:n], False, "here") for one in asked for n in (1, 3)]
+    train, heldout = split_prompts(prompts, 0.3)
+    sides = [{prompt.messages[0].content for prompt in side} for side in (train, heldout)]
+    assert not sides[0] & sides[1] and 5 < len(sides[1]) < 40
+    assert heldout[0] == prompts[0] and len(train) + len(heldout) == len(prompts)
 
 
 def test_what_is_no_text(tmp_path: Path, folders: Folders) -> None:

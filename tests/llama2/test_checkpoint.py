@@ -1,5 +1,6 @@
 """Model folders: exchanged with transformers bit by bit, and written so that a crash is safe."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -317,3 +318,18 @@ def state_of(folder: Path, old: Transformer, new: Transformer) -> str:
         if all(torch.equal(found[k], tensor) for k, tensor in model.state_dict().items()):
             return name
     return "mixed"
+
+
+def test_a_full_disk_is_told_with_the_systems_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which safetensors tells in its text alone."""
+
+    def on_a_full_disk(*given: object, **options: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(hugging_face_checkpoint, "save_file", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        hugging_face_checkpoint.save_tensors({}, tmp_path / "model.safetensors")
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(tmp_path / "model.safetensors")

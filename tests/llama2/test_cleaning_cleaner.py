@@ -34,6 +34,12 @@ def test_normal_form(raw: str, normal: str) -> None:
     assert normalize(raw) == normal
 
 
+def test_what_dialogues_say_of_code_stays() -> None:
+    code = "Write &amp;amp; or &lt;:\n\n\n\n    x = 1"
+    assert normalize(code, as_prose=False) == code
+    assert normalize("itâ€™s \x07here \n", as_prose=False) == "it’s here"
+
+
 @given(st.text(st.sampled_from("ab &<>;#xé’\u0301\x00\x1b\r\n\t\u2028Ãâ€™\ud800[3m"), max_size=40))
 @settings(max_examples=300, deadline=None)
 def test_repairs_are_ftfys(text: str) -> None:
