@@ -4,20 +4,27 @@ A run may be killed at any moment. Whole files appear atomically or not at all; 
 may end in a torn line, which reading leaves out (and says so) and resuming cuts off.
 """
 
+import errno
+import fcntl
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from os.path import samestat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
+LOCKLESS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""How a file system says that it has no locks; there nothing keeps a second process out."""
+_claims: dict[Path, IO[bytes]] = {}
+"""The locks of this process."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,7 @@ class RunDirectory:
         `may_change` names fields that do not alter what the run computes (number of workers,
         logging), nested ones with dots ("cluster.workers"); a name stands for all fields beneath
         it. Raises `ValueError` when any other field differs from the run's config, naming each with
-        both values.
+        both values, and when another process has it open: two would overwrite each other's files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; give the run another name or move the file.")
@@ -109,7 +116,28 @@ class RunDirectory:
                 )
         for folder in (self.checkpoints, self.model):
             folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
         self.write_config(config)
+
+    def _claim(self) -> None:
+        """Keep others out until this process ends, however it does."""
+        path = self.path.resolve() / ".lock"
+        held = _claims.get(path)
+        if held is not None and path.exists() and samestat(os.fstat(held.fileno()), path.stat()):
+            return
+        file = path.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise ValueError(
+                f"Run {self.name!r} is under way in another process; wait for it to end, or give "
+                "another run name."
+            ) from error
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
+        _claims[path] = file
 
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Replace `config.yaml` by `config`: nested mappings, sequences, paths and scalars."""

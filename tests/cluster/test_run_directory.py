@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,28 @@ def test_lines_written_before_a_real_kill_are_all_readable(tmp_path: Path) -> No
     lines = read_json_lines(path)
     assert len(lines) >= 20
     assert [line["step"] for line in lines] == list(range(len(lines)))
+
+
+def test_a_run_is_open_in_one_process_at_a_time(tmp_path: Path) -> None:
+    """Until it ends, however it does; the same process may open it again."""
+    run = RunDirectory(tmp_path, "mine")
+    code = """
+import sys, time
+from pathlib import Path
+from cluster.run_directory import RunDirectory
+RunDirectory(Path(sys.argv[1]), "mine").open({})
+print("open", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "open\n"
+        with pytest.raises(ValueError, match="Run 'mine' is under way in another process; wait"):
+            run.open({})
+        other.kill()
+    run.open({})
+    run.open({})
+    shutil.rmtree(run.path)
+    run.open({})
+    assert (run.path / ".lock").is_file()
