@@ -22,7 +22,7 @@ Role = Literal["system", "user", "assistant"]
 LossOn = Literal["all", "last"]
 """Which answers of a dialogue are to be learned."""
 MARK = re.compile("\ue000([0-9]+)\ue001")
-"""In a message's place, where a template writes it: no text holds these characters."""
+"""Stands in a message's place where a template writes it; templates have no such characters."""
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
