@@ -270,10 +270,26 @@ def split_prompts(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt]
     return split
 
 
+def _clean_prompts(config: PrepareConfig) -> list[Prompt]:
+    """Users' prompts without those of benchmarks."""
+    found = file_prompts(config.prompts)
+    benchmarks = _benchmarks(config)
+    kept = [
+        prompt
+        for prompt in found
+        if not any(benchmarks.hit(m.content) for m in prompt.messages if m.role == "user")
+    ]
+    if not kept:
+        raise ValueError(f"All {len(found)} prompts are those of the benchmarks; give others.")
+    if len(kept) < len(found):
+        print(f"{len(found) - len(kept)} of {len(found)} prompts are of benchmarks and left out.")
+    return kept
+
+
 def _write_prompts(preparation: Preparation) -> None:
     config, wanted = preparation.config, preparation.wanted
     if config.prompts:
-        train, heldout = split_prompts(file_prompts(config.prompts), config.heldout_share)
+        train, heldout = split_prompts(_clean_prompts(config), config.heldout_share)
         world_seed = None
     elif any(isinstance(source, WorldSource) for n in wanted.values() for source in n.values()):
         world_seed = config.world_seed

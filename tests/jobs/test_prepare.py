@@ -154,6 +154,7 @@ def test_what_is_dropped_and_why(tmp_path: Path) -> None:
     chat = [{"prompt": f"Who is {n}?", "response": f"It is {n}."} for n in range(30)]
     chat += [chat[3], {"prompt": SENTENCE.format(3), "response": "A bridge."}]
     chat += [{"prompt": "Is it \u00e2\u20ac\u0153so\u00e2\u20ac\x9d?", "response": "Yes."}]
+    asked = [{"prompt": text} for text in ("Who is 1?", SENTENCE.format(2), "Who is 2?")]
     folder = run(
         replace(
             TINY, runs=tmp_path, vocab_size=400, context=4096, part_bytes=30_000,
@@ -162,6 +163,7 @@ def test_what_is_dropped_and_why(tmp_path: Path) -> None:
                 jsonl(tmp_path / "people.jsonl", ({"text": text} for text in personal)),
             ),
             dialogues=(jsonl(tmp_path / "chat.jsonl", chat),),
+            prompts=(jsonl(tmp_path / "prompts.jsonl", asked),),
             benchmarks=(jsonl(tmp_path / "quiz.jsonl", questions),),
         )
     )  # fmt: skip
@@ -184,6 +186,13 @@ def test_what_is_dropped_and_why(tmp_path: Path) -> None:
     }
     said = " ".join(texts(folder, "train", "sft") + texts(folder, "heldout", "sft"))
     assert "Is it \u201cso\u201d?" in said
+    prompts = [
+        json.loads(line)["messages"][0]["content"]
+        for split in ("heldout", "train")
+        for line in (folder / "prompts" / f"{split}.jsonl").read_text().splitlines()
+        if line
+    ]
+    assert sorted(prompts) == ["Who is 1?", "Who is 2?"]
 
 
 def test_a_few_records_with_details_do_not_drop_a_source(tmp_path: Path) -> None:
