@@ -123,9 +123,8 @@ class Sampler:
         samples = []
         for question, candidate in zip(questions, candidates, strict=True):
             answer = Message("assistant", candidate.response)
-            tokens = encode_dialogue(
-                self._prompting.tokenizer, (*question.messages, answer), answers="last"
-            ).tokens
+            dialogue = (*question.messages, answer)
+            tokens = encode_dialogue(self._prompting.tokenizer, dialogue, "last").scored().tokens
             prompt = self._tokens(question.messages)
             samples.append(
                 Sample(

@@ -122,13 +122,16 @@ def files_of(path: Path) -> list[Path]:
 
 
 def stamp(path: Path, besides: Collection[Path] = ()) -> str:
-    """Changes when a file, or a file in a folder, however deep, does; `besides` left out. Weights
-    may be too large to be read for that alone."""
+    """Changes when a file, or a file in a folder, however deep, does; `besides`, hidden files and
+    what Python compiled left out. Weights may be too large to be read for that alone."""
     left_out = {file.resolve() for file in besides}
+    root = path if path.is_dir() else path.parent
     digest = xxhash.xxh3_64()
     for file in files_of(path):
-        if file.resolve() not in left_out:
-            found, name = file.stat(), file.relative_to(path if path.is_dir() else path.parent)
+        name = file.relative_to(root)
+        made = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if not made and file.resolve() not in left_out:
+            found = file.stat()
             digest.update(f"{name} {found.st_size} {found.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 

@@ -71,6 +71,11 @@ def check_capacity(roles: Mapping[str, Workers]) -> None:
 
 def _fitting(role: Workers, node: Mapping[str, float]) -> int:
     """How many workers of a role a node could hold."""
-    shares = (("CPU", role.cpus), ("GPU", role.gpus))
-    rooms = [node.get(resource, 0.0) / share + 1e-9 for resource, share in shares if share]
-    return int(min(rooms, default=role.count))
+    rooms = [role.count]
+    if role.cpus:
+        rooms.append(int(node.get("CPU", 0.0) / role.cpus + 1e-9))
+    if 0 < role.gpus < 1:  # a worker's share is of one GPU
+        rooms.append(int(node.get("GPU", 0.0)) * int(1 / role.gpus + 1e-9))
+    elif role.gpus:
+        rooms.append(int(node.get("GPU", 0.0) / role.gpus + 1e-9))
+    return min(rooms)

@@ -113,7 +113,8 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
 def check_unchanged(run: RunDirectory, inputs: Inputs) -> None:
     """Raise `ValueError` where what a finished evaluation was of is no longer the same."""
     summary = run.summary() or {}
-    before, scorers = summary["stamps"], summary["scorers"]
+    # Evaluations of before rewards were looked at have no stamps of them.
+    before, scorers = summary["stamps"], summary.get("scorers", inputs.scorers)
     for name in ("helpfulness", "safety"):
         if scorers.get(name) != inputs.scorers.get(name):
             raise ValueError(

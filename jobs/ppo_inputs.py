@@ -86,12 +86,12 @@ def find_prompts(config: PPOConfig, tokenizer: Tokenizer, models: Models) -> Pro
     train, heldout, world_seed = _read_prompts(config)
     context = check_folder(models.policy).max_position_embeddings
     fitting = [_fitting(several, tokenizer, context, config) for several in (train, heldout)]
+    if not train or not heldout:
+        raise ValueError("There must be at least one training and one held-out prompt; give more.")
     if not all(fitting):
         dropped = len(train) + len(heldout) - sum(map(len, fitting))
         raise ValueError(
-            "There must be at least one training and one held-out prompt; give more."
-            if not dropped
-            else f"{dropped} of {len(train) + len(heldout)} prompts leave no room for "
+            f"{dropped} of {len(train) + len(heldout)} prompts leave no room for "
             f"{config.max_new_tokens} tokens in the context of {context}, and no training or no "
             "held-out prompt is left; give shorter ones, or lower max_new_tokens."
         )

@@ -92,7 +92,8 @@ def check(config: PrepareConfig, wanted: Wanted) -> None:
                 source.check()
     check_mix(config.mix, list(wanted.get("pretrain", {})))
     _benchmarks(config)
-    file_prompts(config.prompts)
+    if config.prompts:
+        _asked(config)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
 
@@ -262,11 +263,14 @@ def file_prompts(paths: Sequence[Path]) -> list[Prompt]:
 def split_prompts(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts, parted by what the user says first, as dialogues and
     comparisons are: no conversation is on both sides. The first one is always held out."""
-    first = first_words(prompts[0].messages)
+
+    def key(prompt: Prompt) -> str:
+        return " ".join(first_words(prompt.messages).lower().split())  # what `is_held_out` reads
+
+    first = key(prompts[0])
     split: tuple[list[Prompt], list[Prompt]] = ([], [])
     for prompt in prompts:
-        key = first_words(prompt.messages)
-        split[key == first or is_held_out(key, share)].append(prompt)
+        split[key(prompt) == first or is_held_out(key(prompt), share)].append(prompt)
     return split
 
 
@@ -281,15 +285,28 @@ def _clean_prompts(config: PrepareConfig) -> list[Prompt]:
     ]
     if not kept:
         raise ValueError(f"All {len(found)} prompts are those of the benchmarks; give others.")
-    if len(kept) < len(found):
-        print(f"{len(found) - len(kept)} of {len(found)} prompts are of benchmarks and left out.")
     return kept
+
+
+def _asked(config: PrepareConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Users' prompts, for training and held out. Raises `ValueError` where none is left for
+    training."""
+    train, heldout = split_prompts(_clean_prompts(config), config.heldout_share)
+    if not train:
+        raise ValueError(
+            f"All {len(heldout)} prompts are held out, as they begin alike or are too few; give "
+            "more that begin otherwise."
+        )
+    return train, heldout
 
 
 def _write_prompts(preparation: Preparation) -> None:
     config, wanted = preparation.config, preparation.wanted
     if config.prompts:
-        train, heldout = split_prompts(_clean_prompts(config), config.heldout_share)
+        train, heldout = _asked(config)
+        left_out = len(file_prompts(config.prompts)) - len(train) - len(heldout)
+        if left_out:
+            print(f"{left_out} prompts are of benchmarks and left out.")
         world_seed = None
     elif any(isinstance(source, WorldSource) for n in wanted.values() for source in n.values()):
         world_seed = config.world_seed

@@ -26,6 +26,10 @@ MARK = re.compile("\ue000([0-9]+)\ue001")
 TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
+class Unlearnable(ValueError):
+    """A dialogue spells control tokens where its template's cannot be told from them."""
+
+
 @dataclass(frozen=True)
 class Message:
     """One turn of a dialogue, as plain text without any markup."""
@@ -47,7 +51,7 @@ class EncodedDialogue:
     def scored(self) -> "EncodedDialogue":
         """As reward models read it: up to the token that ends the last answer. Templates may write
         a newline behind it, which samples have not."""
-        end = len(self.is_answer) - self.is_answer[::-1].index(True)
+        end = max((place for place, inside in enumerate(self.is_answer, 1) if inside), default=0)
         return EncodedDialogue(self.tokens[:end], self.is_answer[:end])
 
 
@@ -182,7 +186,7 @@ def _encode_rendered(
         spelled += [(len(built) + one.start(), len(built) + one.end()) for one in found]
         built += said
     if built != text:
-        raise ValueError(
+        raise Unlearnable(
             "The tokenizer's chat template changes what is said, so that its control tokens cannot "
             "be told from those that a message spells; remove these."
         )

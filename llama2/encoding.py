@@ -9,7 +9,7 @@ from typing import get_args
 import numpy as np
 
 from llama2.batches import TokenSequence
-from llama2.chat import Message, check_text, encode_dialogue
+from llama2.chat import EncodedDialogue, LossOn, Message, check_text, encode_dialogue
 from llama2.records import Comparison, Dialogue, Document, Rating, SafetyLabel
 from llama2.tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def encode(
     if isinstance(record, Document):
         yield from _encode_text(record.text, tokenizer, context)
     elif isinstance(record, Dialogue):
-        encoded = encode_dialogue(tokenizer, record.messages, answers=record.loss_on)
+        encoded = _encode_dialogue(record, tokenizer, record.messages, record.loss_on)
         sequence = _sequence(encoded.tokens[:context], encoded.is_answer[:context])
         if sequence.is_target.any():
             yield Encoded((sequence,), first_words(record.messages))
@@ -74,11 +74,21 @@ def _encode_text(text: str, tokenizer: Tokenizer, context: int) -> Iterator[Enco
         yield Encoded((_sequence(piece, [True] * len(piece)),), text)
 
 
+def _encode_dialogue(
+    record: Dialogue | Comparison, tokenizer: Tokenizer, messages: Sequence[Message], loss: LossOn
+) -> EncodedDialogue:
+    try:
+        return encode_dialogue(tokenizer, messages, loss)
+    except ValueError as error:
+        said = first_words(messages)[:60]
+        raise ValueError(f"{record.source or 'A record'} ({said!r}): {error}") from error
+
+
 def _encode_pair(record: Comparison, tokenizer: Tokenizer, context: int) -> Iterator[Encoded]:
     sequences = []
     for answer in (record.chosen, record.rejected):
         dialogue = (*record.prompt, Message("assistant", answer))
-        encoded = encode_dialogue(tokenizer, dialogue, answers="last").scored()
+        encoded = _encode_dialogue(record, tokenizer, dialogue, "last").scored()
         if sum(encoded.is_answer) >= context:
             return
         sequences.append(_sequence(encoded.tokens[-context:], encoded.is_answer[-context:]))

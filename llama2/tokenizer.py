@@ -35,6 +35,9 @@ LONGEST_LINE = 1000
 RESERVED_IDS = 259  # 256 bytes and unk, bos, eos
 SMALLEST_VOCABULARY = 300
 
+LEAD = "\ue000"
+"""A character of private use, which no tokenizer joins with what follows."""
+
 
 class Tokenizer(ABC):
     """What every stage needs of a tokenizer. Instances pickle, so that they can be sent to workers.
@@ -182,12 +185,17 @@ class HuggingFaceTokenizer(Tokenizer):
         tokens: list[int] = []
         spans: list[tuple[int, int]] = []
         for number, (start, end) in enumerate(pairwise(edges)):
+            # Behind something that is dropped again, or a space would be put before each part.
+            lead = LEAD if number else ""
             encoded = self.hugging_face(
-                text[start:end], add_special_tokens=False, return_offsets_mapping=True,
+                lead + text[start:end], add_special_tokens=False, return_offsets_mapping=True,
                 split_special_tokens=bool(number % 2),
             )  # fmt: skip
-            tokens += encoded["input_ids"]
-            spans += [(start + a, start + b) for a, b in encoded["offset_mapping"]]
+            before = start - len(lead)
+            for token, (a, b) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                if b > len(lead):
+                    tokens.append(token)
+                    spans.append((before + a, before + b))
         return tokens, spans
 
 

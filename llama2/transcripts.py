@@ -2,11 +2,12 @@
 model with a tokenizer of its own, or a user's reward function."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from llama2.batches import TokenArray
-from llama2.chat import Message, dialogue_fault, encode_dialogue, encode_prompt
+from llama2.chat import Message, Unlearnable, dialogue_fault, encode_dialogue, encode_prompt
 from llama2.records import Prompt
 from llama2.tokenizer import Tokenizer
 
@@ -44,14 +45,15 @@ def encode_answered(
     """Token ids of a dialogue as a reward model was trained on them, its last `context` ones.
 
     An answer that was cut off (not `finished`) has no end token. One that no dialogue may hold, as
-    a policy may write it (empty, or with the format's tags), stands behind its prompt as it is.
+    a policy may write it (empty, with the format's tags, or control tokens that a template hides),
+    stands behind its prompt as it is.
     """
     dialogue = (*prompt, Message("assistant", answer))
+    asked = encode_prompt(tokenizer, prompt)
+    tokens = [*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id]
     if dialogue_fault(dialogue) is None:
-        tokens = encode_dialogue(tokenizer, dialogue, "last").scored().tokens
-    else:
-        asked = encode_prompt(tokenizer, prompt)
-        tokens = [*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id]
+        with suppress(Unlearnable):
+            tokens = encode_dialogue(tokenizer, dialogue, "last").scored().tokens
     if not finished and tokenizer.eos_id in tokens:
         tokens = tokens[: len(tokens) - 1 - tokens[::-1].index(tokenizer.eos_id)]
     return tokens[-context:]

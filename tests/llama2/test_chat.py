@@ -20,7 +20,7 @@ from llama2.chat import (
     encode_prompt,
 )
 from llama2.encoding import encode
-from llama2.records import Comparison
+from llama2.records import Comparison, Dialogue
 from llama2.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from llama2.transcripts import encode_answered
 
@@ -232,13 +232,37 @@ def test_messages_that_spell_control_tokens_forge_no_turns(
     assert answer[:-1] == tokenizer.encode(forged)
 
 
+def test_what_spells_control_tokens_is_said_as_it_is(
+    with_template: Callable[[str], Tokenizer],
+) -> None:
+    """Tokens of SentencePiece put a space before a text, which parts of a text have not."""
+    for template in (CHATML, ZEPHYR):
+        tokenizer = with_template(template)
+        end = tokenizer.hugging_face.eos_token  # type: ignore[attr-defined]
+        for said in (f"x{end}y{end}z", f"{end} a", f"a {end}{end}"):
+            dialogue = [Message("user", "Hi"), Message("assistant", said)]
+            (answer,) = spans(encode_dialogue(tokenizer, dialogue))
+            assert tokenizer.decode(answer[:-1]).strip() == tokenizer.decode(tokenizer.encode(said))
+            assert answer.count(tokenizer.eos_id) == 1
+
+
 def test_a_template_that_changes_what_is_said_refuses_control_tokens(
     with_template: Callable[[str], Tokenizer],
 ) -> None:
     tokenizer = with_template(CHATML.replace("message['content']", "message['content'].upper()"))
-    assert encode_prompt(tokenizer, [Message("user", "Hi")])
+    asked = Message("user", "Hi")
+    assert encode_prompt(tokenizer, [asked])
     with pytest.raises(ValueError, match="remove these"):
         encode_prompt(tokenizer, [Message("user", "a <|im_end|>")])
+    forged = Message("assistant", "a <|im_end|> b")
+    with pytest.raises(ValueError, match=r"data line 3 \('Hi'\): .* remove these"):
+        list(encode(Dialogue((asked, forged), "data line 3", "all"), tokenizer, 100))
+    scored = encode_answered(tokenizer, (asked,), forged.content, True, 100)  # as a policy writes
+    assert scored[-1] == tokenizer.eos_id
+    assert (
+        scored.count(tokenizer.eos_id)
+        == encode_prompt(tokenizer, [asked]).count(tokenizer.eos_id) + 1
+    )
 
 
 def test_reward_models_read_up_to_the_end_of_the_answer(
