@@ -1,6 +1,7 @@
 """Training tasks of a few thousand parameters on made-up rows, for tests that run the real loop."""
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,8 @@ def task(root: Path, name: str, **changes: Any) -> TrainTask:
             write_rows(root / folder / "heldout", kind, 7, 2, ids)  # type: ignore[arg-type]
         start_folder(root / "start", root / "tokenizer")
     run = RunDirectory(root / "runs", name)
-    run.open({})
+    if os.environ.get("RANK", "0") == "0":  # a run is open in one process at a time
+        run.open({})
     made = TrainTask(
         stage="pretrain", run=run, data=root / "text" / "train", heldout=root / "text" / "heldout",
         start=None, model=config(), engine=EngineConfig(zero_stage=1),

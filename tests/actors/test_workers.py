@@ -96,17 +96,16 @@ def worker(rank: int, port: int, root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory, group_of_one: None) -> Path:
     """Where two workers have run everything, and one what is to be compared."""
     root = tmp_path_factory.mktemp("workers")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("WANDB_MODE", "disabled")
-    for found in tasks(root, 1).values():
-        train(found)
-    poisoned(root, "made", set(sample_order(1, 5, 24, 0)[1:3]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, root), nprocs=2)
-    train(task(root, "moved", engine=EngineConfig(zero_stage=2)))
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        for found in tasks(root, 1).values():
+            train(found)
+        poisoned(root, "made", set(sample_order(1, 5, 24, 0)[1:3]))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(worker, (port, root), nprocs=2)
+        train(task(root, "moved", engine=EngineConfig(zero_stage=2)))
     return root
 
 
