@@ -19,6 +19,7 @@ from jobs.evaluate_config import EvaluateConfig
 from jobs.evaluation_adherence import adherence
 from jobs.evaluation_inputs import Inputs, Subject, prompt_tokens, read_answers
 from jobs.evaluation_texts import encoded, perplexity
+from jobs.sampling import cut
 from llama2.answer_evaluation import Answer
 from llama2.evaluation import Measure
 from llama2.prompting import Prompting, sample_seed
@@ -230,13 +231,14 @@ def _table(plain: Json) -> Table:
 def _scores(config: EvaluateConfig, reward: Path | str, replies: Sequence[Reply]) -> list[float]:
     print(f"Scoring {len(replies)} answers with {reward}", flush=True)
     if isinstance(reward, str):
-        prompts = [
-            [{"role": m.role, "content": m.content} for m in reply.prompt] for reply in replies
-        ]
         scorer = load_scorer(reward, Path.cwd(), config.scorer)
-        answers = [reply.answer for reply in replies]
-        parts = [slice(i, i + SCORED_AT_ONCE) for i in range(0, len(replies), SCORED_AT_ONCE)]
-        return [s for part in parts for s in called(reward, scorer, prompts[part], answers[part])]
+        found: list[float] = []
+        for part in cut(replies, SCORED_AT_ONCE):
+            prompts = [
+                [{"role": m.role, "content": m.content} for m in reply.prompt] for reply in part
+            ]
+            found += called(reward, scorer, prompts, [reply.answer for reply in part])
+        return found
     threads = config.generator.threads
     if config.where == "here":
         return TextRewards(reward, config.precision, threads).scores(replies)

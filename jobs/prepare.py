@@ -91,9 +91,9 @@ def check(config: PrepareConfig, wanted: Wanted) -> None:
             if isinstance(source, FileSource):
                 source.check()
     check_mix(config.mix, list(wanted.get("pretrain", {})))
-    _benchmarks(config)
+    benchmarks = _benchmarks(config)
     if config.prompts:
-        _asked(config)
+        _asked(file_prompts(config.prompts), benchmarks, config.heldout_share)
     if config.tokenizer is not None:
         load_tokenizer(config.tokenizer)
 
@@ -274,24 +274,19 @@ def split_prompts(prompts: Sequence[Prompt], share: float) -> tuple[list[Prompt]
     return split
 
 
-def _clean_prompts(config: PrepareConfig) -> list[Prompt]:
-    """Users' prompts without those of benchmarks."""
-    found = file_prompts(config.prompts)
-    benchmarks = _benchmarks(config)
+def _asked(
+    prompts: Sequence[Prompt], benchmarks: Decontamination, heldout_share: float
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Users' prompts without those of benchmarks, for training and held out. Raises `ValueError`
+    where none is left for training."""
     kept = [
         prompt
-        for prompt in found
+        for prompt in prompts
         if not any(benchmarks.hit(m.content) for m in prompt.messages if m.role == "user")
     ]
     if not kept:
-        raise ValueError(f"All {len(found)} prompts are those of the benchmarks; give others.")
-    return kept
-
-
-def _asked(config: PrepareConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Users' prompts, for training and held out. Raises `ValueError` where none is left for
-    training."""
-    train, heldout = split_prompts(_clean_prompts(config), config.heldout_share)
+        raise ValueError(f"All {len(prompts)} prompts are those of the benchmarks; give others.")
+    train, heldout = split_prompts(kept, heldout_share)
     if not train:
         raise ValueError(
             f"All {len(heldout)} prompts are held out, as they begin alike or are too few; give "
@@ -303,8 +298,9 @@ def _asked(config: PrepareConfig) -> tuple[list[Prompt], list[Prompt]]:
 def _write_prompts(preparation: Preparation) -> None:
     config, wanted = preparation.config, preparation.wanted
     if config.prompts:
-        train, heldout = _asked(config)
-        left_out = len(file_prompts(config.prompts)) - len(train) - len(heldout)
+        given = file_prompts(config.prompts)
+        train, heldout = _asked(given, _benchmarks(config), config.heldout_share)
+        left_out = len(given) - len(train) - len(heldout)
         if left_out:
             print(f"{left_out} prompts are of benchmarks and left out.")
         world_seed = None
