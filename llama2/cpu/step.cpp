@@ -29,7 +29,10 @@ extern "C" {
 
 // The same as in step.py, field by field.
 struct Layer {
-    Matrix qkv, o, gate_up, down;  // gate_up: 16 outputs of either in a panel
+    Matrix qkv;  // the queries, key and value of a group, then those of the next one
+    Matrix o;
+    Matrix gate_up;  // 16 outputs of either in a panel
+    Matrix down;
     const Number *attention_norm, *feed_forward_norm;
     Pair* keys;    // [pages, G, P / 16, K / 2, 16]
     Pair* values;  // [pages, G, P / 2, K up to a multiple of 16]
@@ -69,9 +72,10 @@ struct Work {
 // What of a layer's attention is computed: all, or in the last layer what tokens see that are asked
 // for.
 struct Attention {
-    Blocks rows;                  // of what follows
-    std::vector<int32_t> tokens;  // of each row
+    Blocks rows;               // of what follows
+    std::vector<int32_t> row;  // of each token, or -1
     std::vector<Work> work;
+    std::vector<int32_t> first;  // of each thread's share of the work, and its end
     std::vector<int32_t> early;  // tokens that are turned and kept before any work begins
 };
 
@@ -99,15 +103,14 @@ class Step {
     const Pair* part(const Pair* memory, int pairs, const Work& work, int start) const;
     const Pair* keys(const Layer& layer, const Work& work, int start) const;
     const Pair* values(const Layer& layer, const Work& work, int start) const;
-    void mix(const Layer& layer, const Work& work, const Work* next);
+    void mix(const Layer& layer, const Attention& attention, const Work& work, const Work* next);
     void turn_and_keep(const Layer& layer, int token, int group);
     void turn(Number* head, int position) const;
     void normalize(const Number* scale, const Blocks& into);
-    template <class Read>
-    void fill(const Blocks& into, int width, Read read);
     template <class Take>
-    void multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take);
-    void add(const Matrix& matrix, const Blocks& rows, const Pair* x);
+    void multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, const Matrix& next,
+                  Take take);
+    void add(const Matrix& matrix, const Blocks& rows, const Pair* x, const Matrix& next);
 
     const Model& model;
     const Batch& batch;
@@ -159,22 +162,36 @@ Step::Step(const Model& model, const Batch& batch)
 }
 
 Attention Step::attention(const std::vector<int32_t>& tokens) const {
-    Attention made{Blocks(tokens.size()), tokens};
-    std::vector<char> wanted(batch.token_count);
-    for (int token : tokens) wanted[token] = true;
+    Attention made{Blocks(tokens.size()), std::vector<int32_t>(batch.token_count, -1)};
+    for (size_t row = 0; row < tokens.size(); row++) made.row[tokens[row]] = row;
+    const auto needed = [&](int token) { return made.row[token] >= 0; };
+    // What is done for a token alone, its work does: the lines it writes to it reads as well.
     for (int s = 0; s < batch.span_count; s++) {
         const Span& span = batch.spans[s];
-        const auto needed = [&](int n) { return wanted[span.start + n]; };
-        // What is done for a token alone, its work does: the lines it writes to it reads as well.
-        if (span.length > 1 || Q > ROWS || !needed(0))
+        if (span.length > 1 || Q > ROWS || !needed(span.start))
             for (int n = 0; n < span.length; n++) made.early.push_back(span.start + n);
-        for (int first = 0; first < span.length * Q; first += ROWS) {
-            const int count = std::min(ROWS, span.length * Q - first);
-            bool any = false;
-            for (int r = first; r < first + count; r++) any |= needed(r / Q);
-            for (int g = 0; any && g < G; g++) made.work.push_back({s, g, first, count});
-        }
     }
+    // A thread has the groups whose queries, keys and values it computes, as far as they come out
+    // even, and goes through memory in its order.
+    const int threads = batch.threads;
+    std::vector<int64_t> cost{0};  // of all work so far
+    for (int t = 0; t < threads; t++)
+        for (int s = 0; s < batch.span_count; s++)
+            for (int g = G * t / threads; g < G * (t + 1) / threads; g++) {
+                const Span& span = batch.spans[s];
+                for (int first = 0; first < span.length * Q; first += ROWS) {
+                    const int count = std::min(ROWS, span.length * Q - first);
+                    const int last = (first + count - 1) / Q;
+                    bool any = false;
+                    for (int n = first / Q; n <= last; n++) any |= needed(span.start + n);
+                    if (!any) continue;
+                    made.work.push_back({s, g, first, count});
+                    cost.push_back(cost.back() + span.past + last + 1);
+                }
+            }
+    for (int t = 0; t <= threads; t++)
+        made.first.push_back(std::lower_bound(cost.begin(), cost.end(), cost.back() * t / threads) -
+                             cost.begin());
     return made;
 }
 
@@ -189,7 +206,7 @@ void Step::run() {
             const Layer& layer = model.layers[l];
             const bool last = l == model.depth - 1;
             normalize(layer.attention_norm, whole.rows);
-            multiply(layer.qkv, whole.rows, input, Rows{qkv, qkv_width});
+            multiply(layer.qkv, whole.rows, input, layer.o, Rows{qkv, qkv_width});
             const Attention& attention = last ? asked : whole;
             attend(layer, attention);
             const Blocks& rows = attention.rows;
@@ -199,10 +216,10 @@ void Step::run() {
                     std::copy_n(residual + (int64_t)batch.asked[r] * D, D,
                                 residual + (int64_t)r * D);
             }
-            add(layer.o, rows, input);
+            add(layer.o, rows, input, layer.gate_up);
             normalize(layer.feed_forward_norm, rows);
             const int inner = layer.down.pairs;
-            multiply(layer.gate_up, rows, input, [&](int row, const float* sums, int column) {
+            const auto gated = [&](int row, const float* sums, int column) {
                 const __m512 gate = rounded(_mm512_loadu_ps(sums));
                 const __m512 up = rounded(_mm512_loadu_ps(sums + LANES));
                 const __m512 one = _mm512_set1_ps(1);
@@ -211,31 +228,38 @@ void Step::run() {
                 const int done = column / 2;  // half of the panel's columns are gates
                 spread(wide + rows.place(row, inner) + (int64_t)done / 2 * rows.size, rows.size,
                        _mm512_mul_ps(silu, up), 2 * inner - done);
-            });
+            };
+            multiply(layer.gate_up, rows, input, layer.down, gated);
             if (!last) announce(model.layers[l + 1]);
-            add(layer.down, rows, wide);
+            add(layer.down, rows, wide, last ? model.head : model.layers[l + 1].qkv);
         }
         normalize(model.norm, asked.rows);
-        multiply(model.head, asked.rows, input, Rows{batch.output, model.head.outputs});
+        const Rows logits{batch.output, model.head.outputs};
+        multiply(model.head, asked.rows, input, model.layers[0].qkv, logits);
     }
 }
 
 // Hands over every row of x W^T + b, 32 columns at a time: take(row, its sums, first column).
-// Called by all threads, ends together.
+// next: of the product after this one. Called by all threads, ends together.
 template <class Take>
-void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Take take) {
+void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, const Matrix& next,
+                    Take take) {
     const int panels = (matrix.outputs + PANEL - 1) / PANEL, pairs = matrix.pairs;
+    const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t first_next = (next.outputs + PANEL - 1) / PANEL * thread / threads;
     // So many blocks at a time as a processor keeps near while it goes through all panels.
     for (int from = 0; from < rows.count; from += NEAR) {
-        const int blocks = std::min(NEAR, rows.count - from);
-#pragma omp for schedule(static) nowait
-        for (int unit = 0; unit < panels * blocks; unit++) {
+        const int blocks = std::min(NEAR, rows.count - from), units = panels * blocks;
+        const int end = (int64_t)units * (thread + 1) / threads;
+        for (int unit = (int64_t)units * thread / threads; unit < end; unit++) {
             const int panel = unit / blocks, block = from + unit % blocks;
             const int count = rows.rows_of(block), column = panel * PANEL;
             const Pair* w = matrix.panels + (int64_t)column * pairs;
             // The next panel, a half of it with each of the first two blocks.
             const int half = block - from, lines = blocks == 1 ? 2 : half < 2;
-            const Ahead ahead{w + (int64_t)(PANEL + half * LANES) * pairs, lines};
+            const Pair* panel_next = panel < (end - 1) / blocks ? w + (int64_t)PANEL * pairs
+                : next.panels + first_next * PANEL * next.pairs;
+            const Ahead ahead{panel_next + (int64_t)half * LANES * pairs, lines};
             alignas(64) float sums[ROWS * PANEL];
             TWO[count - 1](x + (int64_t)block * rows.size * pairs, rows.size, {w, PANEL, LANES},
                            pairs, sums, PANEL, false, ahead, &stream);
@@ -249,8 +273,8 @@ void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, Tak
 }
 
 // The residual stream plus a product.
-void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x) {
-    multiply(matrix, rows, x, [&](int row, const float* sums, int column) {
+void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x, const Matrix& next) {
+    multiply(matrix, rows, x, next, [&](int row, const float* sums, int column) {
         for (int c = 0; c < PANEL; c += LANES) {
             const __mmask16 mask = first(D - column - c);
             Number* to = residual + (int64_t)row * D + column + c;
@@ -260,67 +284,58 @@ void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x) {
     });
 }
 
-// The next product's input, 16 numbers at a time: read(row, first column). Threads share columns
+// The next product's input: rows by their root mean square, times the scale. Threads share columns
 // and not rows, which lie between each other. Called by all threads, ends together.
-template <class Read>
-void Step::fill(const Blocks& into, int width, Read read) {
-#pragma omp for schedule(static)
-    for (int column = 0; column < width; column += LANES)
-        for (int block = 0; block < into.count; block++) {
-            Pair* to = input + ((int64_t)block * width + column) / 2 * into.size;
-            for (int r = 0; r < into.rows_of(block); r++)
-                spread(to + r, into.size, read(block * into.size + r, column), width - column);
-        }
-}
-
-// The next product's input: rows by their root mean square, times the scale.
 void Step::normalize(const Number* scale, const Blocks& into) {
     room(inverses, into.rows);
     std::vector<float>& inverse = inverses;  // every thread finds all: quicker than to wait
     for (int row = 0; row < into.rows; row++)
         inverse[row] = inverse_rms(residual + (int64_t)row * D, D, model.eps);
-    fill(into, D, [&](int row, int d) {
+#pragma omp for schedule(static)
+    for (int d = 0; d < D; d += LANES) {
         const __mmask16 mask = first(D - d);
-        const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
-        const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse[row])));
-        return _mm512_mul_ps(normal, widened(scale + d, mask));
-    });
+        const __m512 factor = widened(scale + d, mask);
+        for (int block = 0; block < into.count; block++) {
+            Pair* to = input + ((int64_t)block * D + d) / 2 * into.size;
+            for (int r = 0; r < into.rows_of(block); r++) {
+                const int row = block * into.size + r;
+                const __m512 numbers = widened(residual + (int64_t)row * D + d, mask);
+                const __m512 normal = rounded(_mm512_mul_ps(numbers, _mm512_set1_ps(inverse[row])));
+                spread(to + r, into.size, _mm512_mul_ps(normal, factor), D - d);
+            }
+        }
+    }
 }
 
 // What the tokens see, as input of the next product. Called by all threads, ends together.
 void Step::attend(const Layer& layer, const Attention& attention) {
-    const int early = attention.early.size(), count = attention.work.size();
+    const int early = attention.early.size();
     if (early) {
-#pragma omp for schedule(static)
-        for (int n = 0; n < early; n++)
-            for (int g = 0; g < G; g++) turn_and_keep(layer, attention.early[n], g);
+#pragma omp for collapse(2) schedule(static)
+        for (int g = 0; g < G; g++)
+            for (int n = 0; n < early; n++) turn_and_keep(layer, attention.early[n], g);
     }
-#pragma omp for schedule(dynamic, 4)
-    for (int w = 0; w < count; w++) {
-        const Work& work = attention.work[w];
-        const Span& span = batch.spans[work.span];
-        if (span.length == 1 && Q <= ROWS) turn_and_keep(layer, span.start, work.group);
-        mix(layer, work, w + 1 < count ? &work + 1 : nullptr);
-    }
-    const std::vector<int32_t>& tokens = attention.tokens;
-    fill(attention.rows, H * K, [&](int row, int column) {
-        const Number* numbers = qkv + (int64_t)tokens[row] * qkv_width + column;
-        return widened(numbers, first(H * K - column));
-    });
+#pragma omp for schedule(static, 1)
+    for (int t = 0; t < batch.threads; t++)
+        for (int w = attention.first[t], end = attention.first[t + 1]; w < end; w++) {
+            const Work& work = attention.work[w];
+            const Span& span = batch.spans[work.span];
+            if (span.length == 1 && Q <= ROWS) turn_and_keep(layer, span.start, work.group);
+            mix(layer, attention, work, w + 1 < end ? &work + 1 : nullptr);
+        }
 }
 
 // Turns a token's queries and key of a group to its position; stores key and value in its page.
 void Step::turn_and_keep(const Layer& layer, int token, int group) {
-    Number* heads = qkv + (int64_t)token * qkv_width;
-    for (int q = 0; q < Q; q++) turn(heads + (group * Q + q) * K, positions[token]);
-    turn(heads + (H + group) * K, positions[token]);
+    Number* heads = qkv + (int64_t)token * qkv_width + group * (Q + 2) * K;
+    for (int q = 0; q <= Q; q++) turn(heads + q * K, positions[token]);
     const int offset = positions[token] % PAGE;
     const int64_t part = (int64_t)pages[token] * G + group;
-    const Pair* key = reinterpret_cast<const Pair*>(heads + (H + group) * K);
+    const Pair* key = reinterpret_cast<const Pair*>(heads + Q * K);
     Pair* to = layer.keys + part * PAGE * K / 2 + offset / LANES * LANES * K / 2 + offset % LANES;
     for (int k = 0; k < K / 2; k++) to[k * LANES] = key[k];
     if (offset % 2 && !starts[token]) return;  // the token before has stored both values
-    const Number* value = heads + (H + G + group) * K;
+    const Number* value = heads + (Q + 1) * K;
     const Number* after = offset % 2 || ends[token] ? nullptr : value + qkv_width;
     Pair* pairs = layer.values + (part * PAGE / 2 + offset / 2) * padded;
     for (int k = 0; k < K; k += LANES) {
@@ -346,15 +361,15 @@ void Step::turn(Number* head, int position) const {
     turn_head(head, head, model.cos + place, model.sin + place, K);
 }
 
-// Has the keys and values that an attention will read brought closer, a share by each thread, as
-// far as the processor's last cache holds them until then.
+// Has the keys and values of earlier steps that an attention will read brought closer, by each
+// thread its own, as far as the processor's last cache holds them until then.
 void Step::announce(const Layer& layer) const {
     stream.clear();
-    const int threads = omp_get_num_threads();
-    int64_t room = CARRIED / threads;
-    for (size_t w = omp_get_thread_num(); w < whole.work.size() && room > 0; w += threads) {
+    const int thread = omp_get_thread_num();
+    int64_t room = CARRIED / batch.threads;
+    for (int w = whole.first[thread]; w < whole.first[thread + 1] && room > 0; w++) {
         const Work& work = whole.work[w];
-        const int end = batch.spans[work.span].past + batch.spans[work.span].length;
+        const int end = batch.spans[work.span].past;
         for (int start = 0; start < end; start += PAGE) {
             const int count = std::min(PAGE, end - start);
             const int64_t key_lines = (count + LANES - 1) / LANES * (K / 2);
@@ -383,23 +398,26 @@ const Pair* Step::values(const Layer& layer, const Work& work, int start) const 
     return part(layer.values, padded / 2 * PAGE, work, start);
 }
 
-// What the queries of `work` see, in their place.
-void Step::mix(const Layer& layer, const Work& work, const Work* next) {
+// What the queries of `work` see, as input of the next product.
+void Step::mix(const Layer& layer, const Attention& attention, const Work& work,
+               const Work* next) {
     const Span& span = batch.spans[work.span];
     const int rows = work.rows;
     const auto token = [&](int r) { return (work.first + r) / Q; };
-    const auto head = [&](int r) { return work.group * Q + (work.first + r) % Q; };
+    const auto head = [&](int r) { return (work.first + r) % Q; };  // of the group
     const int seen = span.past + token(rows - 1) + 1;  // by the last query
     const int width = (seen + LANES - 1) / LANES * LANES;
     float* score = room(scores, (int64_t)ROWS * (width + padded));
     float* mixed = score + (int64_t)ROWS * width;
     Pair* weight = room(weights, (int64_t)ROWS * std::max(width, K) / 2);
     const auto query = [&](int r) {
-        const Number* numbers = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
-        return reinterpret_cast<const Pair*>(numbers);
+        const Number* heads = qkv + (int64_t)(span.start + token(r)) * qkv_width;
+        return reinterpret_cast<const Pair*>(heads + (work.group * (Q + 2) + head(r)) * K);
     };
-    for (int r = 0; r < rows && rows > 1; r++)
-        for (int k = 0; k < K / 2; k++) weight[k * rows + r] = query(r)[k];
+    for (int r = 0; r < rows && rows > 1; r++) {
+        const Pair* from = query(r);
+        for (int k = 0, half = K / 2; k < half; k++) weight[k * rows + r] = from[k];
+    }
     const Pair* queries = rows > 1 ? weight : query(0);
     for (int start = 0; start < width; start += PAGE) {
         const Columns columns{keys(layer, work, start), LANES, K / 2 * LANES};
@@ -436,12 +454,16 @@ void Step::mix(const Layer& layer, const Work& work, const Work* next) {
               (std::min(PAGE, seen - start) + 1) / 2, mixed, padded, start > 0,
               next ? values(layer, *next, start) : nullptr);
     }
-    for (int r = 0; r < rows; r++) {  // in the place of the query
+    const Blocks& into = attention.rows;
+    for (int r = 0; r < rows; r++) {
+        const int row = attention.row[span.start + token(r)];
+        if (row < 0) continue;
         const __m512 share = _mm512_set1_ps(1 / totals[r]);
-        Number* to = qkv + (int64_t)(span.start + token(r)) * qkv_width + head(r) * K;
+        const int pair = (work.group * Q + head(r)) * K / 2;
+        Pair* to = input + into.place(row, H * K / 2) + (int64_t)pair * into.size;
         for (int k = 0; k < K; k += LANES)
-            store(to + k, _mm512_mul_ps(_mm512_loadu_ps(mixed + r * padded + k), share),
-                  first(K - k));
+            spread(to + (int64_t)k / 2 * into.size, into.size,
+                   _mm512_mul_ps(_mm512_loadu_ps(mixed + r * padded + k), share), K - k);
     }
 }
 

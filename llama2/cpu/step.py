@@ -97,10 +97,9 @@ class Matrices:
         """Let go of what `pointer` keeps; memory for matrices is kept for the next ones."""
         self._kept = []
 
-    def matrix(self, name: str, *linears: nn.Linear, alternate: bool = False) -> Matrix:
-        """The matrices one below the other; or, of two, 16 rows of either in turns."""
-        unit = LANES if alternate else 1
-        weight_OI = _joined([linear.weight for linear in linears], unit)
+    def matrix(self, name: str, *linears: nn.Linear, turns: Sequence[int] = ()) -> Matrix:
+        """The matrices one below the other; or in turns, so many rows of each."""
+        weight_OI = _joined([linear.weight for linear in linears], turns)
         weight_OI = F.pad(weight_OI, (0, weight_OI.shape[1] % 2, 0, -len(weight_OI) % PANEL))
         pairs = weight_OI.shape[1] // 2
         rows = weight_OI.contiguous().view(torch.int32).view(-1, PANEL, pairs)
@@ -109,7 +108,7 @@ class Matrices:
         panels = self._panels[name].copy_(rows.transpose(1, 2))
         bias = None
         if linears[0].bias is not None:
-            bias_O = _joined([linear.bias.float() for linear in linears], unit)
+            bias_O = _joined([linear.bias.float() for linear in linears], turns)
             bias = self.pointer(F.pad(bias_O, (0, -len(bias_O) % PANEL)))
         outputs = sum(linear.out_features for linear in linears)
         return Matrix(panels.data_ptr(), bias, outputs, pairs)
@@ -193,14 +192,20 @@ class Step:
         laid = self._matrices
         laid.forget()
         layers = (_Layer * config.num_hidden_layers)()
+        group = config.num_attention_heads // config.num_key_value_heads * config.head_width
+        heads = (group, config.head_width, config.head_width)  # queries, key and value of a group
         for index, layer in enumerate(trunk.layers):
             assert isinstance(layer, Layer)
             attention, mlp = layer.self_attn, layer.mlp
             assert isinstance(mlp, FeedForward)
             layers[index] = _Layer(
-                laid.matrix(f"{index} qkv", attention.q_proj, attention.k_proj, attention.v_proj),
+                laid.matrix(
+                    f"{index} qkv",
+                    *(attention.q_proj, attention.k_proj, attention.v_proj),
+                    turns=heads,
+                ),
                 laid.matrix(f"{index} o", attention.o_proj),
-                laid.matrix(f"{index} gate_up", mlp.gate_proj, mlp.up_proj, alternate=True),
+                laid.matrix(f"{index} gate_up", mlp.gate_proj, mlp.up_proj, turns=(LANES, LANES)),
                 laid.matrix(f"{index} down", mlp.down_proj),
                 laid.pointer(layer.input_layernorm.weight),
                 laid.pointer(layer.post_attention_layernorm.weight),
@@ -223,10 +228,12 @@ class Step:
         )
 
 
-def _joined(parts: list[Tensor], unit: int) -> Tensor:
-    """One below the other; where `unit` is not 1, so many rows of each in turns."""
-    if unit == 1:
+def _joined(parts: list[Tensor], turns: Sequence[int]) -> Tensor:
+    """One below the other, or in turns so many rows of each; the last ones filled up with zeros."""
+    if not turns:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-    rest = -len(parts[0]) % unit
-    filled = [F.pad(part, (*[0, 0] * (part.dim() - 1), 0, rest)) for part in parts]
-    return torch.stack([part.unflatten(0, (-1, unit)) for part in filled], dim=1).flatten(0, 2)
+    filled = [
+        F.pad(part, (*[0, 0] * (part.dim() - 1), 0, -len(part) % rows)).unflatten(0, (-1, rows))
+        for part, rows in zip(parts, turns, strict=True)
+    ]
+    return torch.cat(filled, dim=1).flatten(0, 1)
