@@ -139,6 +139,11 @@ T* room(std::vector<T>& memory, int64_t count) {
     return memory.data();
 }
 
+// Brings closer what is read soon; there need not be so much.
+void bring(const Number* numbers, int count) {
+    for (int i = 0; i < count; i += 2 * LANES) _mm_prefetch(numbers + i, _MM_HINT_T0);
+}
+
 Step::Step(const Model& model, const Batch& batch)
     : model(model), batch(batch), H(model.heads), G(model.groups), Q(H / G), K(model.head_width),
       D(model.width), padded((K + LANES - 1) / LANES * LANES), qkv_width((H + 2 * G) * K),
@@ -289,8 +294,11 @@ void Step::add(const Matrix& matrix, const Blocks& rows, const Pair* x, const Ma
 void Step::normalize(const Number* scale, const Blocks& into) {
     room(inverses, into.rows);
     std::vector<float>& inverse = inverses;  // every thread finds all: quicker than to wait
-    for (int row = 0; row < into.rows; row++)
-        inverse[row] = inverse_rms(residual + (int64_t)row * D, D, model.eps);
+    for (int row = 0; row < into.rows; row++) {
+        const Number* numbers = residual + (int64_t)row * D;
+        bring(numbers + 4 * D, D);  // other threads have written some of them
+        inverse[row] = inverse_rms(numbers, D, model.eps);
+    }
 #pragma omp for schedule(static)
     for (int d = 0; d < D; d += LANES) {
         const __mmask16 mask = first(D - d);
@@ -313,7 +321,11 @@ void Step::attend(const Layer& layer, const Attention& attention) {
     if (early) {
 #pragma omp for collapse(2) schedule(static)
         for (int g = 0; g < G; g++)
-            for (int n = 0; n < early; n++) turn_and_keep(layer, attention.early[n], g);
+            for (int n = 0; n < early; n++) {
+                const int token = attention.early[n], numbers = (Q + 2) * K;
+                bring(qkv + (int64_t)(token + 2) * qkv_width + g * numbers, numbers);
+                turn_and_keep(layer, token, g);
+            }
     }
 #pragma omp for schedule(static, 1)
     for (int t = 0; t < batch.threads; t++)
