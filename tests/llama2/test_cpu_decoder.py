@@ -114,17 +114,22 @@ def test_logits_are_as_near_to_float32_as_the_models_own(name: str) -> None:
 
 
 @needed
+@pytest.mark.parametrize("groups", [1, 2, 4])
 @torch.no_grad()
-def test_nothing_but_the_row_itself_counts_to_the_bit(threads: None) -> None:
-    model = made(CONFIG)
-    rows = random_rows(CONFIG, [130, 70, 65, 64, 3, 1, 20, 33, 2, 2, 9, 100, 41, 17, 18, 99, 12])
-    together = logits_of(model, rows, [1])
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        for a, b in zip(logits_of(model, rows, [1]), together, strict=True):
-            assert torch.equal(a, b)
-    for row, expected in zip(rows, together, strict=True):
-        assert torch.equal(logits_of(model, [row], [1])[0], expected)
+def test_nothing_but_the_row_itself_counts_to_the_bit(groups: int, threads: None) -> None:
+    """Neither other rows nor how many threads share the groups, evenly or not."""
+    config = replace(CONFIG, num_key_value_heads=groups)
+    model = made(config)
+    rows = random_rows(config, [130, 70, 65, 64, 3, 1, 20, 33, 2, 2, 9, 100, 41, 17, 18, 99, 12])
+    for parts in ([1], [33, 40]):
+        torch.set_num_threads(2)
+        together = logits_of(model, rows, parts)
+        for count in (1, 3, 5):
+            torch.set_num_threads(count)
+            for a, b in zip(logits_of(model, rows, parts), together, strict=True):
+                assert torch.equal(a, b)
+        for row, expected in zip(rows, together, strict=True):
+            assert torch.equal(logits_of(model, [row], parts)[0], expected)
 
 
 @needed
