@@ -252,6 +252,7 @@ void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, con
     const int panels = (matrix.outputs + PANEL - 1) / PANEL, pairs = matrix.pairs;
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
     const int64_t first_next = (next.outputs + PANEL - 1) / PANEL * thread / threads;
+    const Pair* then = next.panels + first_next * PANEL * next.pairs;
     // So many blocks at a time as a processor keeps near while it goes through all panels.
     for (int from = 0; from < rows.count; from += NEAR) {
         const int blocks = std::min(NEAR, rows.count - from), units = panels * blocks;
@@ -262,9 +263,8 @@ void Step::multiply(const Matrix& matrix, const Blocks& rows, const Pair* x, con
             const Pair* w = matrix.panels + (int64_t)column * pairs;
             // The next panel, a half of it with each of the first two blocks.
             const int half = block - from, lines = blocks == 1 ? 2 : half < 2;
-            const Pair* panel_next = panel < (end - 1) / blocks ? w + (int64_t)PANEL * pairs
-                : next.panels + first_next * PANEL * next.pairs;
-            const Ahead ahead{panel_next + (int64_t)half * LANES * pairs, lines};
+            const Pair* after = panel == (end - 1) / blocks ? then : w + (int64_t)PANEL * pairs;
+            const Ahead ahead{after + (int64_t)half * LANES * pairs, lines};
             alignas(64) float sums[ROWS * PANEL];
             TWO[count - 1](x + (int64_t)block * rows.size * pairs, rows.size, {w, PANEL, LANES},
                            pairs, sums, PANEL, false, ahead, &stream);
