@@ -99,7 +99,7 @@ class Step {
    private:
     Attention attention(const std::vector<int32_t>& tokens) const;
     void attend(const Layer& layer, const Attention& attention);
-    void announce(const Layer& layer) const;
+    void announce(const Layer& layer, const Attention& attention) const;
     const Pair* part(const Pair* memory, int pairs, const Work& work, int start) const;
     const Pair* keys(const Layer& layer, const Work& work, int start) const;
     const Pair* values(const Layer& layer, const Work& work, int start) const;
@@ -191,19 +191,23 @@ Attention Step::attention(const std::vector<int32_t>& tokens) const {
                     for (int n = first / Q; n <= last; n++) any |= needed(span.start + n);
                     if (!any) continue;
                     made.work.push_back({s, g, first, count});
-                    cost.push_back(cost.back() + span.past + last + 1);
+                    // To read a key takes about as long as to compute with it for two rows.
+                    cost.push_back(cost.back() + (2 + count) * (int64_t)(span.past + last + 1));
                 }
             }
-    for (int t = 0; t <= threads; t++)
-        made.first.push_back(std::lower_bound(cost.begin(), cost.end(), cost.back() * t / threads) -
-                             cost.begin());
+    // A work belongs to the thread in whose share its middle lies.
+    const int count = made.work.size();
+    for (int t = 0, w = 0; t <= threads; t++) {
+        while (w < count && (cost[w] + cost[w + 1]) * threads < 2 * cost.back() * t) w++;
+        made.first.push_back(w);
+    }
     return made;
 }
 
 void Step::run() {
 #pragma omp parallel num_threads(batch.threads)
     {
-        announce(model.layers[0]);
+        announce(model.layers[0], model.depth > 1 ? whole : asked);
 #pragma omp for schedule(static)
         for (int n = 0; n < batch.token_count; n++)
             std::copy_n(model.embeddings + batch.tokens[n] * D, D, residual + (int64_t)n * D);
@@ -235,7 +239,7 @@ void Step::run() {
                        _mm512_mul_ps(silu, up), 2 * inner - done);
             };
             multiply(layer.gate_up, rows, input, layer.down, gated);
-            if (!last) announce(model.layers[l + 1]);
+            if (!last) announce(model.layers[l + 1], l + 2 < model.depth ? whole : asked);
             add(layer.down, rows, wide, last ? model.head : model.layers[l + 1].qkv);
         }
         normalize(model.norm, asked.rows);
@@ -375,12 +379,16 @@ void Step::turn(Number* head, int position) const {
 
 // Has the keys and values of earlier steps that an attention will read brought closer, by each
 // thread its own, as far as the processor's last cache holds them until then.
-void Step::announce(const Layer& layer) const {
+void Step::announce(const Layer& layer, const Attention& attention) const {
     stream.clear();
     const int thread = omp_get_thread_num();
     int64_t room = CARRIED / batch.threads;
-    for (int w = whole.first[thread]; w < whole.first[thread + 1] && room > 0; w++) {
-        const Work& work = whole.work[w];
+    const Work* before = nullptr;
+    for (int w = attention.first[thread]; w < attention.first[thread + 1] && room > 0; w++) {
+        const Work& work = attention.work[w];
+        const bool same = before && before->span == work.span && before->group == work.group;
+        before = &work;
+        if (same) continue;  // it reads what the one before reads
         const int end = batch.spans[work.span].past;
         for (int start = 0; start < end; start += PAGE) {
             const int count = std::min(PAGE, end - start);

@@ -128,20 +128,25 @@ def test_nothing_but_the_row_itself_counts_to_the_bit(groups: int, threads: None
             torch.set_num_threads(count)
             for a, b in zip(logits_of(model, rows, parts), together, strict=True):
                 assert torch.equal(a, b)
+        torch.set_num_threads(2)
         for row, expected in zip(rows, together, strict=True):
             assert torch.equal(logits_of(model, [row], parts)[0], expected)
 
 
 @needed
+@pytest.mark.parametrize("groups", [1, 4])
 @torch.no_grad()
-def test_only_those_that_draw_get_logits() -> None:
-    model = made(CONFIG)
-    rows = random_rows(CONFIG, [40, 30, 20])
+def test_only_those_that_draw_get_logits(groups: int, threads: None) -> None:
+    config = replace(CONFIG, num_key_value_heads=groups)
+    model = made(config)
+    rows = random_rows(config, [40, 30, 1, 19])
     spans = [Span([i], 0, len(row), False) for i, row in enumerate(rows)]
     tokens = list(chain.from_iterable(rows))
-    every = decoder(model, 3).forward(tokens, spans, range(90))
+    every = decoder(model, 4).forward(tokens, spans, range(90))
     drawing = [5, 39, 40, 89]
-    assert torch.equal(decoder(model, 3).forward(tokens, spans, drawing), every[drawing])
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(decoder(model, 4).forward(tokens, spans, drawing), every[drawing])
 
 
 @needed
