@@ -49,11 +49,13 @@ def encode_answered(
     stands behind its prompt as it is.
     """
     dialogue = (*prompt, Message("assistant", answer))
-    asked = encode_prompt(tokenizer, prompt)
-    tokens = [*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id]
+    tokens: list[int] = []
     if dialogue_fault(dialogue) is None:
         with suppress(Unlearnable):
             tokens = encode_dialogue(tokenizer, dialogue, "last").scored().tokens
+    if not tokens:
+        asked = encode_prompt(tokenizer, prompt)
+        tokens = [*asked, *tokenizer.encode(answer.strip()), tokenizer.eos_id]
     if not finished and tokenizer.eos_id in tokens:
         tokens = tokens[: len(tokens) - 1 - tokens[::-1].index(tokenizer.eos_id)]
     return tokens[-context:]
